@@ -1,0 +1,225 @@
+"""The command `itemvec`: what needs neither Ray nor Redis is here; `training` and `service` add theirs by entry points.
+
+So the arrows of the packages hold (`training -> itemvec <- service`), a small install has a small command, and
+`itemvec --help` imports no torch.
+"""
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from itemvec import __version__
+from itemvec.errors import ItemvecError
+
+REGISTRY = ".itemvec/registry"
+EXTRAS = {"training": "training", "service": "service"}
+
+registry_option = click.option(
+    "--registry", envvar="ITEMVEC_REGISTRY", default=REGISTRY, show_default=True, metavar="DIR",
+    help="Where model versions are published.  [env: ITEMVEC_REGISTRY]",
+)  # fmt: skip
+
+
+class Commands(click.Group):
+    """Built-in commands, and those of the entry-point group `itemvec.commands`, imported when they are called."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.found: dict[str, EntryPoint] = {e.name: e for e in entry_points(group="itemvec.commands")}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in ORDER if name in self.commands or name in self.found]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.found:
+            return super().get_command(ctx, name)
+        try:
+            command = self.found[name].load()
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get(self.found[name].module.split(".")[0], "all")
+            raise click.ClickException(f"itemvec {name} needs {error.name}: pip install 'itemvec[{extra}]'") from None
+        return cast("click.Command", command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """By their one-liners here, since importing every command for its help would load Ray and torch."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, ORDER[name]) for name in self.list_commands(ctx)])
+
+
+ORDER = {
+    "demo": "Train on the film table, serve it, and show similar films.",
+    "schema": "Infer a schema from a table, or check a table against one.",
+    "train": "Train a model version from an item table.",
+    "retrain": "Train again, compare with the champion, publish and switch.",
+    "models": "List, show, promote and roll back model versions.",
+    "serve": "Start the HTTP service.",
+    "load": "Encode a table's items and store them for similarity queries.",
+    "embed": "Print the embedding of items.",
+    "similar": "Print the nearest items of an item.",
+}
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="itemvec")
+def cli() -> None:
+    """Learn dense embeddings of items from their feature table, and serve them to a recommender.
+
+    \b
+    A first round, on your own table:
+      itemvec schema infer items.parquet --out items.schema.yaml
+      itemvec train items.parquet --schema items.schema.yaml
+      itemvec serve &
+      itemvec load items.parquet
+      itemvec similar ITEM-ID
+
+    Each command has its own --help.
+    """
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line on stderr and exit status 1; exit status 2 is a usage error."""
+    try:
+        cli()
+    except ItemvecError as error:
+        print(f"itemvec: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))
+
+
+@cli.group()
+def schema() -> None:
+    """Infer a schema from a table, or check a table against one."""
+
+
+@schema.command("infer")
+@click.argument("table")
+@click.option("--name", help="The model's name.  [default: the file's name]")
+@click.option("--id", "id_column", help="The id column.  [default: the first that can be one]")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write it.  [default: standard output]",
+)
+@click.option("--force", is_flag=True, help="Overwrite the file of --out.")
+def infer(table: str, name: str | None, id_column: str | None, out: Path | None, force: bool) -> None:
+    """Write a schema for TABLE (Parquet, CSV, JSON Lines; a path or URL), with the reason for each column's kind.
+
+    It is a start: read it, and edit what you know better.
+    """
+    from itemvec.infer import infer_schema
+    from itemvec.table import read_table
+
+    if out is not None and out.exists() and not force:
+        raise click.ClickException(f"{out} is there already; --force overwrites it")
+    inferred = infer_schema(read_table(table), name or _model_name(table), id_column)
+    if out is None:
+        click.echo(inferred.to_yaml(), nl=False)
+    else:
+        out.write_text(inferred.to_yaml(), encoding="utf-8")
+        click.echo(
+            f"wrote {out}: {len(inferred.schema.features)} features. Read it, then: itemvec schema check {table} {out}"
+        )
+
+
+@schema.command("check")
+@click.argument("table")
+@click.argument("schema_file", metavar="SCHEMA", type=click.Path(path_type=Path))
+def check(table: str, schema_file: Path) -> None:
+    """Say, column by column, what is wrong with TABLE for SCHEMA. Exit status 1 if training would refuse it."""
+    from itemvec.check import check_table
+    from itemvec.schema import FeatureSchema
+    from itemvec.table import read_table
+
+    findings = check_table(read_table(table), FeatureSchema.load(schema_file))
+    colors = {"ok": "green", "warning": "yellow", "error": "red"}
+    grid = Table("column", "", "finding", box=None, pad_edge=False)
+    for finding in findings:
+        grid.add_row(finding.column, f"[{colors[finding.level]}]{finding.level}[/]", finding.text)
+    console().print(grid)
+    errors = sum(finding.level == "error" for finding in findings)
+    if errors:
+        raise click.ClickException(f"{errors} {'error' if errors == 1 else 'errors'}: training would refuse {table}")
+
+
+@cli.group()
+def models() -> None:
+    """List, show, promote and roll back model versions."""
+
+
+@models.command("list")
+@registry_option
+def list_models(registry: str) -> None:
+    """All versions of all models, and which of them serve."""
+    from itemvec.registry import Registry
+
+    store = Registry(registry)
+    grid = Table("model", "alias", "created", "items", "dim", "fingerprint", box=None, pad_edge=False)
+    for name in store.names():
+        aliases = store.aliases(name)
+        for version in reversed(store.versions(name)):
+            manifest = store.manifest(name, version)
+            alias = ", ".join(a for a, v in aliases.items() if v == version)
+            created = manifest.created.strftime("%Y-%m-%d %H:%M")
+            grid.add_row(
+                f"{name}@{version}",
+                alias,
+                created,
+                str(manifest.lineage.table_rows),
+                str(manifest.dim),
+                manifest.fingerprint,
+            )
+    if grid.row_count == 0:
+        raise click.ClickException(f"no model in {registry}; train one: itemvec train TABLE --schema SCHEMA")
+    console().print(grid)
+
+
+@models.command("show")
+@click.argument("ref")
+@registry_option
+def show_model(ref: str, registry: str) -> None:
+    """The manifest of REF (`movies`, `movies@3`, `movies@previous`) as JSON."""
+    from itemvec.registry import Registry
+
+    store = Registry(registry)
+    click.echo(store.manifest(*store.resolve(ref)).model_dump_json(indent=2))
+
+
+@models.command("promote")
+@click.argument("ref")
+@registry_option
+def promote_model(ref: str, registry: str) -> None:
+    """Make REF (`movies@3`, `movies@challenger`) the champion; the champion becomes `previous`.
+
+    A running service sees it within seconds, fills the version's index, and then switches.
+    """
+    from itemvec.registry import Registry
+
+    store = Registry(registry)
+    name, version = store.resolve(ref)
+    store.load(f"{name}@{version}")  # a broken version must not become the champion
+    store.promote(name, version)
+    click.echo(f"{name}@{version} is the champion")
+
+
+@models.command("rollback")
+@click.argument("name")
+@registry_option
+def rollback_model(name: str, registry: str) -> None:
+    """Make the previous champion of model NAME the champion again."""
+    from itemvec.registry import Registry
+
+    click.echo(f"{name}@{Registry(registry).rollback(name)} is the champion again")
+
+
+def console() -> Console:
+    """Tables as wide as the terminal; where there is none, wide enough not to fold."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def _model_name(table: str) -> str:
+    stem = Path(table).name.split(".")[0].lower()
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in stem).strip("-") or "items"

@@ -1,0 +1,173 @@
+"""A first schema for a table, with the reason for each choice: a person reads it, and edits what they know better."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as at
+import yaml
+
+from itemvec.errors import TableError
+from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal, Numeric, Text, Timestamp
+from itemvec.values import unix_seconds
+
+SEPARATORS = ("|", ";", ", ", ",", "/")
+SAMPLE = 2_000  # values of a column that are looked at where looking at all would cost more than it tells
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    column: str
+    feature: AnyFeature | None
+    """None for a column that is left out."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    schema: FeatureSchema
+    id_reason: str
+    choices: list[Choice]
+
+    def to_yaml(self) -> str:
+        """The schema with a reason behind each column; settings that are defaults are not written."""
+        lines = [f"name: {self.schema.name}", f"id: {self.schema.id}  # {self.id_reason}", "features:"]
+        for choice in self.choices:
+            if choice.feature is not None:
+                lines.append(f"  {_yaml(choice.column)}: {_flow(choice.feature)}  # {choice.reason}")
+        left_out = [c for c in self.choices if c.feature is None]
+        if left_out:
+            lines += ["", "# Left out:", *(f"#   {c.column}: {c.reason}" for c in left_out)]
+        return "\n".join(lines) + "\n"
+
+
+def infer_schema(table: pa.Table, name: str, id_column: str | None = None) -> Inferred:
+    """Raises TableError where no column can be the id or none can be learned from."""
+    id_column, id_reason = _choose_id(table, id_column)
+    choices = [_choose(column, table.column(column)) for column in table.column_names if column != id_column]
+    features = tuple(c.feature for c in choices if c.feature is not None)
+    if not features:
+        raise TableError("no column can be learned from: " + "; ".join(f"{c.column}: {c.reason}" for c in choices))
+    return Inferred(FeatureSchema(name=name, id=id_column, features=features), id_reason, choices)
+
+
+def _choose_id(table: pa.Table, wanted: str | None) -> tuple[str, str]:
+    if wanted is not None:
+        if wanted not in table.column_names:
+            raise TableError(f"no column {wanted!r} to be the id; the table has {', '.join(table.column_names)}")
+        return wanted, "as asked"
+    named = [c for c in table.column_names if c.lower() in ("id", "item_id", "itemid") or c.lower().endswith("_id")]
+    for column in [*named, *(c for c in table.column_names if c not in named)]:
+        values = table.column(column)
+        is_label = _is_text(values.type) or at.is_integer(values.type)
+        if len(values) and is_label and values.null_count == 0 and pc.count_distinct(values).as_py() == len(values):
+            return column, f"{len(values)} values, all there and all different"
+    raise TableError(
+        "no column can be the id: none is text or whole numbers, never missing and all different; --id names one"
+    )
+
+
+def _choose(name: str, column: pa.ChunkedArray) -> Choice:
+    kind = column.type.value_type if at.is_dictionary(column.type) else column.type
+    present = column.drop_null()
+    if len(present) == 0:
+        return Choice(name, None, "every value is missing")
+    if at.is_list(kind) or at.is_large_list(kind) or at.is_fixed_size_list(kind):
+        return _choose_list(name, kind, present)
+    distinct = pc.count_distinct(present).as_py()
+    if distinct == 1:
+        return Choice(name, None, "one value only: it tells no two items apart")
+    gaps = _gaps(column)
+    if at.is_boolean(kind):
+        return Choice(name, Nominal(name=name, dtype="boolean"), f"true or false{gaps}")
+    if at.is_date(kind) or at.is_timestamp(kind):
+        cycles: tuple[Any, ...] = ("year", "week") if at.is_date(kind) else ("year", "week", "day")
+        return Choice(name, Timestamp(name=name, cycles=cycles), f"{kind}{gaps}")
+    if at.is_integer(kind) or at.is_floating(kind) or at.is_decimal(kind):
+        return _choose_number(name, kind, present, distinct, gaps)
+    if _is_text(kind):
+        return _choose_text(name, present, distinct, gaps)
+    return Choice(name, None, f"no kind reads {kind}")
+
+
+def _gaps(column: pa.ChunkedArray) -> str:
+    if column.null_count == 0:
+        return ""
+    share = 100 * column.null_count / len(column)
+    return f", {share:.0f} % missing" if share >= 1 else f", {column.null_count} missing"
+
+
+def _choose_list(name: str, kind: pa.DataType, present: pa.ChunkedArray) -> Choice:
+    inner, labels = kind.value_type, pc.list_flatten(present).drop_null()
+    if not (_is_text(inner) or at.is_integer(inner)):
+        return Choice(name, None, f"a list of {inner} is not read")
+    if len(labels) == 0:
+        return Choice(name, None, "every list is empty")
+    distinct = pc.count_distinct(labels).as_py()
+    reason = f"lists, {len(labels) / len(present):.1f} labels each, {distinct} different"
+    return Choice(name, Multi(name=name, dtype="string" if _is_text(inner) else "integer"), reason)
+
+
+def _choose_number(name: str, kind: pa.DataType, present: pa.ChunkedArray, distinct: int, gaps: str) -> Choice:
+    values = present.cast(pa.float64())
+    extent = pc.min_max(values)
+    low, high = extent["min"].as_py(), extent["max"].as_py()
+    if at.is_integer(kind) and name.lower().endswith(("_id", "_code", "_key")):
+        if distinct > 0.9 * len(present):
+            return Choice(name, None, f"{distinct} different numbers named like an id: nothing two items share")
+        return Choice(
+            name,
+            Nominal(name=name, dtype="integer"),
+            f"whole numbers named like a code, {distinct} different{gaps}",
+        )
+    median, mean = pc.quantile(values, 0.5)[0].as_py(), pc.mean(values).as_py()
+    extent_text = f"{low:g} to {high:g}, {distinct} different{gaps}"
+    if low >= 0 and high > 100 and mean > 2 * median:
+        return Choice(name, Numeric(name=name, scale="log"), f"{extent_text}, and most of it is in a few large values")
+    return Choice(name, Numeric(name=name), extent_text)
+
+
+def _choose_text(name: str, present: pa.ChunkedArray, distinct: int, gaps: str) -> Choice:
+    sample = present.slice(0, SAMPLE).to_pylist()
+    if sum(_is_moment(v) for v in sample) > 0.99 * len(sample):
+        return Choice(name, Timestamp(name=name), f"ISO 8601 times{gaps}")
+    unique = distinct / len(present)
+    for separator in SEPARATORS:
+        split = pc.split_pattern(present, separator)
+        if pc.mean(pc.greater(pc.list_value_length(split), 1)).as_py() > 0.2:
+            parts = pc.utf8_trim_whitespace(pc.list_flatten(split))
+            labels = pc.count_distinct(parts).as_py()
+            if labels < 0.2 * len(parts) and labels <= distinct and pc.mean(pc.utf8_length(parts)).as_py() < 30:
+                return Choice(
+                    name,
+                    Multi(name=name, separator=separator),
+                    f"labels between {separator!r}, {labels} different{gaps}",
+                )
+    words = sum(len(v.split()) for v in sample) / len(sample)
+    if unique > (0.2 if words >= 8 else 0.5) and words >= 1.5:
+        return Choice(name, Text(name=name), f"{words:.1f} words each, {100 * unique:.0f} % of them different{gaps}")
+    if unique > 0.9:
+        return Choice(name, None, f"{distinct} different words on {len(present)} rows: nothing two items share")
+    return Choice(name, Nominal(name=name), f"{distinct} different labels on {len(present)} rows{gaps}")
+
+
+def _is_moment(value: str) -> bool:
+    try:
+        return len(value) >= 8 and unix_seconds(value) is not None
+    except ValueError:
+        return False
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(at.is_string(kind) or at.is_large_string(kind) or at.is_string_view(kind))
+
+
+def _flow(feature: AnyFeature) -> str:
+    settings = feature.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
+    return "{" + ", ".join(f"{key}: {_yaml(value)}" for key, value in {"kind": feature.kind, **settings}.items()) + "}"
+
+
+def _yaml(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
+    return text.removesuffix("\n").removesuffix("...").strip()

@@ -1,0 +1,37 @@
+"""The values of an item: when two labels are the same, and how a moment is read."""
+
+import unicodedata
+from datetime import UTC, date, datetime
+from typing import Any
+
+MAX_ID_BYTES = 512
+
+PYTHON_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
+
+
+def canonical(label: Any) -> Any:
+    """The form in which labels are compared: Unicode NFC, no white space around; an empty string is no label (None).
+
+    >>> canonical(" Cafe\\u0301 ") == "Caf\\u00e9", canonical("  ")
+    (True, None)
+    """
+    if isinstance(label, str):
+        return unicodedata.normalize("NFC", label).strip() or None
+    return label
+
+
+def unix_seconds(value: str | float | date) -> float | None:
+    """A moment as Unix seconds; a time without a zone is UTC. None for empty text; ValueError for text that is no time.
+
+    >>> unix_seconds("1970-01-02"), unix_seconds("1970-01-01T01:00:00+01:00")
+    (86400.0, 0.0)
+    """
+    if isinstance(value, str):
+        if not (text := value.strip()):
+            return None
+        value = datetime.fromisoformat(text)
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()
+    return float(value)

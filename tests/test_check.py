@@ -1,0 +1,100 @@
+import datetime
+
+import pyarrow as pa
+import pytest
+
+from itemvec.check import check_table, require_fit
+from itemvec.errors import SchemaMismatch
+from itemvec.schema import FeatureSchema
+
+
+def findings(column, kind, **more):
+    settings = "".join(f", {key}: {value}" for key, value in more.items())
+    schema = FeatureSchema.from_yaml(f"name: t\nid: id\nfeatures: {{x: {{kind: {kind}{settings}}}}}")
+    table = pa.table({"id": [str(i) for i in range(len(column))], "x": column})
+    return [(f.level, f.text) for f in check_table(table, schema) if f.column == "x"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "more", "said"),
+    [
+        (pa.array([1, 2]), "nominal", {}, "wants string labels, this column is int64"),
+        (pa.array(["a", "b"]), "nominal", {"dtype": "integer"}, "wants integer labels"),
+        (pa.array(["a", "b"]), "nominal", {}, "none of its 2 labels occurs 2 times"),
+        (pa.array(["a|b", "a"]), "multi", {}, "or a string with its separator named"),
+        (pa.array([[1.5], [2.5]]), "multi", {}, "wants a list of string labels"),
+        (pa.array([[], []], pa.list_(pa.string())), "multi", {}, "every set is empty"),
+        (pa.array(["x", "y"]), "ordinal", {"order": "[a, b]"}, "none of its labels stands in the order"),
+        (pa.array(["1", "2"]), "numeric", {}, "wants numbers"),
+        (pa.array([1.0, float("inf")]), "numeric", {}, "1 values are infinite"),
+        (pa.array([float("nan")] * 2), "numeric", {}, "every value is missing"),
+        (pa.array([-1.0, 1.0]), "numeric", {"scale": "log"}, "the smallest is -1"),
+        (pa.array(["2001-01-01", "soon"]), "timestamp", {}, "1 values are not ISO 8601 times: 'soon'"),
+        (pa.array([datetime.time(1), datetime.time(2)]), "timestamp", {}, "wants dates, times"),
+        (pa.array([1, 2]), "text", {}, "wants text"),
+        (pa.array(["", " "]), "text", {}, "every text is empty"),
+        (pa.array([None, None], pa.string()), "text", {}, "every value is missing"),
+    ],
+)
+def test_what_training_would_refuse_is_an_error(column, kind, more, said):
+    [(level, text)] = findings(column, kind, **more)
+    assert level == "error" and said in text
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "more", "said"),
+    [
+        (pa.array(["a", "a"]), "nominal", {}, "tells no two items apart"),
+        (
+            pa.array(["a", "a", "b", "c"]),
+            "nominal",
+            {},
+            "50 % of the labels given are rarer than min_count 2",
+        ),
+        (pa.array([1.0, 1.0]), "numeric", {}, "every value is 1"),
+        (pa.array([1.0, None, None]), "numeric", {}, "67 % of the values are missing"),
+        (pa.array(["a", "b", "z"]), "ordinal", {"order": "[a, b]"}, "1 labels are not in the order"),
+    ],
+)
+def test_what_only_wastes_is_a_warning(column, kind, more, said):
+    said_of_it = findings(column, kind, **more)
+    assert said_of_it[0][0] == "ok"
+    assert any(level == "warning" and said in text for level, text in said_of_it)
+
+
+def test_a_good_column_says_what_it_holds():
+    assert findings(pa.array(["a|b", "a", None]), "multi", separator='"|"', min_count=1) == [
+        ("ok", "multi, 2 of 3 present, 2 labels")
+    ]
+    assert findings(pa.array(["a", "a", "b", "b"]).dictionary_encode(), "nominal") == [
+        ("ok", "nominal, 4 of 4 present, 2 labels")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (["a", "a"], "1 ids stand on more than one row: 'a'"),
+        (["a", None], "1 of 2 rows have no id"),
+        (["a", ""], "the empty string"),
+        (["a", "b" * 513], "longer than 512 bytes"),
+        ([1.5, 2.5], "an id is text or a whole number"),
+    ],
+)
+def test_ids_are_there_and_distinct(ids, said):
+    schema = FeatureSchema.from_yaml("name: t\nid: id\nfeatures: {x: {kind: numeric}}")
+    with pytest.raises(SchemaMismatch, match=said):
+        require_fit(pa.table({"id": ids, "x": [1, 2]}), schema)
+
+
+def test_an_absent_column_is_answered_with_what_the_table_has():
+    schema = FeatureSchema.from_yaml("name: t\nid: key\nfeatures: {genres: {kind: multi}}")
+    with pytest.raises(SchemaMismatch) as caught:
+        require_fit(pa.table({"id": ["a"], "genre": [["x"]]}), schema, "films.csv")
+    assert "did you mean 'genre'? It has id, genre" in str(caught.value) and "key" in str(caught.value)
+
+
+def test_an_empty_table_is_refused():
+    schema = FeatureSchema.from_yaml("name: t\nid: id\nfeatures: {x: {kind: numeric}}")
+    with pytest.raises(SchemaMismatch, match="no rows"):
+        require_fit(pa.table({"id": pa.array([], pa.string()), "x": pa.array([], pa.int64())}), schema)

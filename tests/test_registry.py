@@ -1,0 +1,114 @@
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from itemvec.errors import ModelNotFound, RegistryError, VersionCorrupt, VersionNotFound
+from itemvec.registry import Registry
+from tests.test_version import ITEMS, make
+
+
+def write(folder, version):
+    make(seed=version).save(folder, [("a", ITEMS[0])])
+
+
+@pytest.fixture
+def registry(tmp_path):
+    registry = Registry(tmp_path / "registry")
+    for _ in range(3):
+        registry.publish("t", write)
+    return registry
+
+
+def test_versions_are_numbered_from_1_and_loaded_by_reference(registry):
+    registry.promote("t", 2)
+    assert registry.names() == ["t"] and registry.versions("t") == [1, 2, 3]
+    assert registry.resolve("t") == registry.resolve("t@champion") == registry.resolve("t@2") == ("t", 2)
+    assert registry.load("t@3").encode(ITEMS).vectors.shape == (6, 4)
+
+
+def test_promotion_keeps_the_previous_champion_for_a_rollback(registry):
+    registry.promote("t", 1)
+    registry.set_alias("t", "challenger", 3)
+    registry.promote("t", 3)
+    assert registry.aliases("t") == {"champion": 3, "previous": 1}
+    assert registry.rollback("t") == 1
+    assert registry.aliases("t") == {"champion": 1, "previous": 3}
+    registry.promote("t", 1)  # again: nothing to change, `previous` stays
+    assert registry.aliases("t") == {"champion": 1, "previous": 3}
+
+
+def test_a_rollback_without_a_previous_champion_is_refused(registry):
+    registry.promote("t", 1)
+    with pytest.raises(RegistryError, match="no previous champion"):
+        registry.rollback("t")
+
+
+def test_what_is_not_there_is_answered_with_what_is(registry, tmp_path):
+    with pytest.raises(ModelNotFound, match="'nobody'; there is t"):
+        registry.resolve("nobody@7")
+    with pytest.raises(VersionNotFound, match=r"no version '9'; there is 1, 2, 3"):
+        registry.resolve("t@9")
+    with pytest.raises(VersionNotFound, match="'champion'"):
+        registry.resolve("t")
+    with pytest.raises(ModelNotFound):
+        registry.resolve("../../etc")
+    with pytest.raises(VersionNotFound):
+        registry.promote("t", 9)
+    with pytest.raises(RegistryError, match="no alias 'best'"):
+        registry.set_alias("t", "best", 1)
+    with pytest.raises(ModelNotFound, match="itemvec train"):
+        Registry(tmp_path / "empty").resolve("t")
+
+
+def test_a_failed_publication_leaves_nothing_and_its_number_is_not_used_again(registry):
+    def fail(folder, version):
+        (folder / "half").write_text("written")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        registry.publish("t", fail)
+    with pytest.raises(VersionCorrupt):
+        registry.publish("t", lambda folder, version: None)  # wrote no manifest
+    assert registry.versions("t") == [1, 2, 3]
+    assert not list((registry.root / "t" / "versions").glob("*/half"))
+    assert registry.publish("t", write) == 6
+
+
+def test_many_publishers_at_once_each_get_a_number_of_their_own(registry):
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(lambda _: registry.publish("t", write), range(8)))
+    assert sorted(versions) == list(range(4, 12)) and registry.versions("t") == list(range(1, 12))
+
+
+def test_a_killed_publisher_leaves_no_version(registry):
+    code = f"""
+import os, signal
+from itemvec.registry import Registry
+def write(folder, version):
+    (folder / "encoder.safetensors").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+Registry({str(registry.root)!r}).publish("t", write)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    assert done.returncode == -9
+    assert registry.versions("t") == [1, 2, 3] and registry.publish("t", write) == 5
+
+
+def test_aliases_survive_many_writers_at_once(registry):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: registry.promote("t", 1 + i % 3), range(60)))
+    aliases = registry.aliases("t")
+    assert set(aliases) == {"champion", "previous"} and aliases["champion"] != aliases["previous"]
+
+
+def test_a_broken_aliases_file_is_named(registry):
+    (registry.root / "t" / "aliases.json").write_text("{")
+    with pytest.raises(RegistryError, match=r"aliases\.json"):
+        registry.resolve("t")
+    (registry.root / "t" / "aliases.json").write_text(json.dumps({"champion": 1}))
+    assert registry.resolve("t") == ("t", 1)

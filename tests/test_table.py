@@ -1,0 +1,77 @@
+import datetime
+from decimal import Decimal
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from itemvec.errors import TableError
+from itemvec.table import read_table, rows, table_digest
+
+ITEMS = pa.table({"id": ["a", "b"], "year": [1999, None], "genres": [["Drama"], []]})
+
+
+def test_three_formats_read_the_same_labels(tmp_path):
+    pa.parquet.write_table(ITEMS, tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("id,year\na,1999\nb,\n")
+    (tmp_path / "t.tsv").write_text("id\tyear\na\t1999\nb\t\n")
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "year": 1999}\n{"id": "b", "year": null}\n')
+    for name in ("t.parquet", "t.csv", "t.tsv", "t.jsonl"):
+        table = read_table(str(tmp_path / name), ["id", "year", "not there"])
+        assert table.to_pydict() == {"id": ["a", "b"], "year": [1999, None]}, name
+
+
+def test_any_fsspec_url_is_read():
+    with fsspec.open("memory://items.jsonl", "wb") as file:
+        file.write(b'{"id": "a"}\n')
+    assert read_table("memory://items.jsonl").to_pydict() == {"id": ["a"]}
+    assert len(table_digest("memory://items.jsonl")) == 64
+
+
+def test_rows_are_what_a_caller_would_send_as_json():
+    table = pa.table(
+        {
+            "id": [1, 2],
+            "day": [datetime.date(1999, 3, 31), None],
+            "price": [Decimal("1.50"), None],
+            "score": [float("nan"), 0.5],
+        }
+    )
+    [(ids, items)] = rows(table, "id", ["day", "price", "score", "absent"])
+    assert ids == ["1", "2"]
+    assert items == [{"day": "1999-03-31", "price": 1.5}, {"score": 0.5}]
+
+
+def test_rows_come_in_batches():
+    table = pa.table({"id": list("abcde")})
+    assert [ids for ids, _ in rows(table, "id", [], batch_size=2)] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.xlsx", b"", "cannot tell the format"),
+        ("t.parquet", b"not parquet", "is not Parquet"),
+        ("t.jsonl", b"{", "is not JSON Lines"),
+        ("t.csv", b"a,b\n1,2,3\n", "is not CSV"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TableError, match=said):
+        read_table(str(tmp_path / name))
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(TableError, match=r"no table at .*none\.csv"):
+        read_table(str(tmp_path / "none.csv"))
+    with pytest.raises(TableError, match="cannot read nowhere"):
+        read_table("nowhere://t.csv")
+
+
+def test_equal_bytes_have_equal_digests(tmp_path):
+    for name, content in (("a.csv", b"id\n1\n"), ("b.csv", b"id\n1\n"), ("c.csv", b"id\n2\n")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (table_digest(str(tmp_path / n)) for n in ("a.csv", "b.csv", "c.csv"))
+    assert a == b != c
