@@ -3,58 +3,54 @@
     ROOT/movies/versions/1/ 2/ 3/     model versions, each whole or absent, never edited
     ROOT/movies/aliases.json          {"champion": 3, "previous": 2}
 
-A root is a folder. Publishing writes under a temporary name and renames; the number is claimed first, so that two
-publishers never get one. Aliases are one small file replaced in one step, under a lock.
+A root is a folder or an fsspec URL (`itemvec/roots.py`).
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from itemvec.errors import ModelNotFound, RegistryError, VersionNotFound
+from itemvec.roots import open_root
 from itemvec.version import Manifest, ModelVersion, read_manifest
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
+_ALIASES_FILE = "aliases.json"
 _REF = re.compile(r"(?P<name>[a-z0-9][a-z0-9_.-]{0,63})(?:@(?P<which>[a-z0-9]+))?")
 
 
 class Registry:
-    """Model versions under one root folder.
+    """Model versions under one root.
 
     A reference is `movies` (its champion), `movies@7`, or `movies@challenger`.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.url = str(root)
+        self._root = open_root(root)
 
     def names(self) -> list[str]:
-        if not self.root.is_dir():
-            return []
-        return sorted(p.name for p in self.root.iterdir() if (p / "versions").is_dir())
+        return self._root.names()
 
     def versions(self, name: str) -> list[int]:
         """Published versions, oldest first. Raises ModelNotFound."""
-        folder = self.root / name / "versions"
-        if not folder.is_dir():
+        versions = self._root.versions(name) if _REF.fullmatch(name) else None
+        if versions is None:
             raise ModelNotFound(name, self.names())
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "manifest.json").is_file())
+        return versions
 
     def aliases(self, name: str) -> dict[str, int]:
+        content = self._root.read(name, _ALIASES_FILE)
         try:
-            content: dict[str, int] = json.loads(self._aliases_file(name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise RegistryError(f"cannot read {self._aliases_file(name)}: {error}") from None
-        return content
+            aliases: dict[str, int] = json.loads(content) if content is not None else {}
+        except ValueError as error:
+            raise RegistryError(f"cannot read {self.url}/{name}/{_ALIASES_FILE}: {error}") from None
+        return aliases
 
     def resolve(self, ref: str) -> tuple[str, int]:
         """(name, version). Raises ModelNotFound, VersionNotFound."""
@@ -69,11 +65,12 @@ class Registry:
         return name, version
 
     def path(self, name: str, version: int) -> Path:
-        return self.root / name / "versions" / str(version)
-
-    def manifest(self, name: str, version: int) -> Manifest:
+        """A local folder with the version's files."""
         if version not in (versions := self.versions(name)):
             raise VersionNotFound(name, version, versions)
+        return self._root.fetch(name, version)
+
+    def manifest(self, name: str, version: int) -> Manifest:
         return read_manifest(self.path(name, version))
 
     def load(self, ref: str, device: str = "cpu") -> ModelVersion:
@@ -85,36 +82,18 @@ class Registry:
 
         If `write` fails nothing is published, and its number is not used again.
         """
-        folder = self.root / name / "versions"
-        folder.mkdir(parents=True, exist_ok=True)
-        version = self._claim(folder)
-        draft = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=folder))
+        version = self._root.claim(name)
+        draft = self._root.draft(name)
         try:
             write(draft, version)
             read_manifest(draft)
-            draft.chmod(0o755)
-            draft.rename(folder / str(version))
+            self._root.publish(draft, name, version)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         if alias is not None:
             self.set_alias(name, alias, version)
         return version
-
-    @staticmethod
-    def _claim(folder: Path) -> int:
-        """The next number, ours alone: a file that only one process can create."""
-        taken = [
-            int(p.name.removeprefix(".claim-")) for p in folder.iterdir() if re.fullmatch(r"(\.claim-)?\d+", p.name)
-        ]
-        version = max(taken, default=0) + 1
-        while True:
-            try:
-                os.close(os.open(folder / f".claim-{version}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-            except FileExistsError:
-                version += 1
-            else:
-                return version
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         with self._edited_aliases(name, version) as aliases:
@@ -134,6 +113,7 @@ class Registry:
 
     def rollback(self, name: str) -> int:
         """The previous champion becomes the champion again. Raises RegistryError if there is none."""
+        self.versions(name)
         previous = self.aliases(name).get(PREVIOUS)
         if previous is None:
             raise RegistryError(f"model {name!r} has no previous champion to roll back to")
@@ -144,24 +124,12 @@ class Registry:
     def _edited_aliases(self, name: str, version: int) -> Iterator[dict[str, int]]:
         if version not in (versions := self.versions(name)):
             raise VersionNotFound(name, version, versions)
-        path = self._aliases_file(name)
-        with (path.parent / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._root.lock(name):
             aliases = self.aliases(name)
             before = dict(aliases)
             yield aliases
             if aliases != before:
-                with tempfile.NamedTemporaryFile(
-                    "w", dir=path.parent, prefix=".aliases-", delete=False, encoding="utf-8"
-                ) as new:
-                    json.dump(aliases, new, indent=1)
-                    new.flush()
-                    os.fsync(new.fileno())
-                Path(new.name).chmod(0o644)
-                Path(new.name).replace(path)
-
-    def _aliases_file(self, name: str) -> Path:
-        return self.root / name / "aliases.json"
+                self._root.replace(name, _ALIASES_FILE, json.dumps(aliases, indent=1).encode())
 
 
 def _known(alias: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from itemvec.errors import ModelNotFound, RegistryError, VersionCorrupt, VersionNotFound
+from itemvec.errors import ConfigError, ModelNotFound, RegistryError, VersionCorrupt, VersionNotFound
 from itemvec.registry import Registry
 from tests.test_version import ITEMS, make
 
@@ -16,9 +16,10 @@ def write(folder, version):
     make(seed=version).save(folder, [("a", ITEMS[0])])
 
 
-@pytest.fixture
-def registry(tmp_path):
-    registry = Registry(tmp_path / "registry")
+@pytest.fixture(params=["folder", "memory"])
+def registry(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of remote registries
+    registry = Registry(tmp_path / "registry" if request.param == "folder" else f"memory://{tmp_path.name}")
     for _ in range(3):
         registry.publish("t", write)
     return registry
@@ -65,6 +66,22 @@ def test_what_is_not_there_is_answered_with_what_is(registry, tmp_path):
         Registry(tmp_path / "empty").resolve("t")
 
 
+def test_a_remote_version_is_fetched_once_and_again_if_the_copy_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    registry = Registry(f"memory://{tmp_path.name}")
+    registry.publish("t", write)
+    copy = registry.path("t", 1) / "encoder.safetensors"
+    before = copy.stat().st_mtime_ns
+    assert registry.path("t", 1).joinpath("encoder.safetensors").stat().st_mtime_ns == before
+    copy.write_bytes(b"damaged")
+    assert registry.load("t@1").ref == "t@1"
+
+
+def test_a_registry_whose_protocol_is_unknown_is_a_config_error():
+    with pytest.raises(ConfigError, match="nowhere"):
+        Registry("nowhere://models")
+
+
 def test_a_failed_publication_leaves_nothing_and_its_number_is_not_used_again(registry):
     def fail(folder, version):
         (folder / "half").write_text("written")
@@ -75,7 +92,7 @@ def test_a_failed_publication_leaves_nothing_and_its_number_is_not_used_again(re
     with pytest.raises(VersionCorrupt):
         registry.publish("t", lambda folder, version: None)  # wrote no manifest
     assert registry.versions("t") == [1, 2, 3]
-    assert not list((registry.root / "t" / "versions").glob("*/half"))
+    assert not list(Path(registry.url).glob("t/versions/*/half"))
     assert registry.publish("t", write) == 6
 
 
@@ -85,6 +102,7 @@ def test_many_publishers_at_once_each_get_a_number_of_their_own(registry):
     assert sorted(versions) == list(range(4, 12)) and registry.versions("t") == list(range(1, 12))
 
 
+@pytest.mark.parametrize("registry", ["folder"], indirect=True)
 def test_a_killed_publisher_leaves_no_version(registry):
     code = f"""
 import os, signal
@@ -92,13 +110,14 @@ from itemvec.registry import Registry
 def write(folder, version):
     (folder / "encoder.safetensors").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
-Registry({str(registry.root)!r}).publish("t", write)
+Registry({str(registry.url)!r}).publish("t", write)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
     assert done.returncode == -9
     assert registry.versions("t") == [1, 2, 3] and registry.publish("t", write) == 5
 
 
+@pytest.mark.parametrize("registry", ["folder"], indirect=True)
 def test_aliases_survive_many_writers_at_once(registry):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: registry.promote("t", 1 + i % 3), range(60)))
@@ -106,9 +125,10 @@ def test_aliases_survive_many_writers_at_once(registry):
     assert set(aliases) == {"champion", "previous"} and aliases["champion"] != aliases["previous"]
 
 
+@pytest.mark.parametrize("registry", ["folder"], indirect=True)
 def test_a_broken_aliases_file_is_named(registry):
-    (registry.root / "t" / "aliases.json").write_text("{")
+    (Path(registry.url) / "t" / "aliases.json").write_text("{")
     with pytest.raises(RegistryError, match=r"aliases\.json"):
         registry.resolve("t")
-    (registry.root / "t" / "aliases.json").write_text(json.dumps({"champion": 1}))
+    (Path(registry.url) / "t" / "aliases.json").write_text(json.dumps({"champion": 1}))
     assert registry.resolve("t") == ("t", 1)

@@ -1,0 +1,209 @@
+"""Where a registry keeps its files: a folder, or any fsspec URL (s3://, gs://, memory://, ...).
+
+A folder has renames and locks; an object store has neither, but it shows a file whole or not at all. So a folder gets a
+version by one rename, and a store by writing the manifest last; a version without a manifest is no version for either.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from itemvec.errors import ConfigError, RegistryError
+
+MANIFEST = "manifest.json"
+_NUMBER = re.compile(r"(?:\.claim-)?(\d+)")
+
+
+class Root(ABC):
+    """`names` and `versions` list what is published; the rest reads and writes one thing each."""
+
+    @abstractmethod
+    def names(self) -> list[str]: ...
+
+    @abstractmethod
+    def versions(self, name: str) -> list[int] | None:
+        """None where there is no such model."""
+
+    @abstractmethod
+    def claim(self, name: str) -> int:
+        """The next version number, ours alone: made by creating a file that only one process can create."""
+
+    @abstractmethod
+    def draft(self, name: str) -> Path:
+        """A new local folder for a version in the making."""
+
+    @abstractmethod
+    def publish(self, draft: Path, name: str, version: int) -> None: ...
+
+    @abstractmethod
+    def fetch(self, name: str, version: int) -> Path:
+        """The version's files in a local folder; the caller verifies them."""
+
+    @abstractmethod
+    def read(self, name: str, file: str) -> bytes | None: ...
+
+    @abstractmethod
+    def replace(self, name: str, file: str, content: bytes) -> None:
+        """In one step: a reader sees the old content or the new one."""
+
+    @abstractmethod
+    def lock(self, name: str) -> contextlib.AbstractContextManager[Any]: ...
+
+
+def open_root(url: str | Path) -> Root:
+    return RemoteRoot(str(url)) if "://" in str(url) else FolderRoot(Path(url))
+
+
+class FolderRoot(Root):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        return sorted(p.name for p in self.root.iterdir() if (p / "versions").is_dir()) if self.root.is_dir() else []
+
+    def versions(self, name: str) -> list[int] | None:
+        folder = self.root / name / "versions"
+        if not folder.is_dir():
+            return None
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+
+    def claim(self, name: str) -> int:
+        folder = self.root / name / "versions"
+        folder.mkdir(parents=True, exist_ok=True)
+        version = _next(p.name for p in folder.iterdir())
+        while True:
+            try:
+                (folder / f".claim-{version}").touch(exist_ok=False)
+            except FileExistsError:
+                version += 1
+            else:
+                return version
+
+    def draft(self, name: str) -> Path:
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.root / name / "versions"))
+        draft.chmod(0o755)
+        return draft
+
+    def publish(self, draft: Path, name: str, version: int) -> None:
+        draft.rename(self.root / name / "versions" / str(version))
+
+    def fetch(self, name: str, version: int) -> Path:
+        return self.root / name / "versions" / str(version)
+
+    def read(self, name: str, file: str) -> bytes | None:
+        try:
+            return (self.root / name / file).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, file: str, content: bytes) -> None:
+        with tempfile.NamedTemporaryFile(dir=self.root / name, prefix=f".{file}-", delete=False) as new:
+            new.write(content)
+        Path(new.name).chmod(0o644)
+        Path(new.name).replace(self.root / name / file)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        with (self.root / name / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+class RemoteRoot(Root):
+    """An object store. It has no locks: of two promotions at the same instant the later one stands."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.fs, path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"cannot use the registry {url}: {error}") from None
+        self.root = PurePosixPath(path)
+        self.cache = Path.home() / ".cache" / "itemvec" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+    def names(self) -> list[str]:
+        return sorted(name for name in self._list(self.root) if self.versions(name))
+
+    def versions(self, name: str) -> list[int] | None:
+        folder = self.root / name / "versions"
+        listed = self._list(folder)
+        if not listed:
+            return None
+        return sorted(int(n) for n in listed if n.isdigit() and self.fs.exists(str(folder / n / MANIFEST)))
+
+    def claim(self, name: str) -> int:
+        folder = self.root / name / "versions"
+        self.fs.makedirs(str(folder), exist_ok=True)
+        version = _next(self._list(folder))
+        while True:
+            try:
+                with self.fs.open(str(folder / f".claim-{version}"), "xb") as file:
+                    file.write(b"claimed")
+            except FileExistsError:
+                version += 1
+            else:
+                return version
+
+    def draft(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix="itemvec-draft-"))
+
+    def publish(self, draft: Path, name: str, version: int) -> None:
+        files = [p for p in sorted(draft.rglob("*")) if p.is_file() and p != draft / MANIFEST]
+        for path in (*files, draft / MANIFEST):
+            target = self.root / name / "versions" / str(version) / path.relative_to(draft).as_posix()
+            self.fs.makedirs(str(target.parent), exist_ok=True)
+            self.fs.put_file(str(path), str(target))
+        shutil.rmtree(draft)
+
+    def fetch(self, name: str, version: int) -> Path:
+        """Into a cache folder: a file is read again only if its size or sha256 is not what the manifest says."""
+        folder, source = self.cache / name / str(version), self.root / name / "versions" / str(version)
+        manifest = self.fs.cat_file(str(source / MANIFEST))
+        for file, entry in json.loads(manifest)["files"].items():
+            if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
+                raise RegistryError(f"{source}: its manifest names the file {file!r}, outside of its folder")
+            local = folder / file
+            if not (local.is_file() and _sha256(local) == entry["sha256"]):
+                local.parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(str(source / file), str(local))
+        (folder / MANIFEST).write_bytes(manifest)
+        return folder
+
+    def read(self, name: str, file: str) -> bytes | None:
+        try:
+            content: bytes = self.fs.cat_file(str(self.root / name / file))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def replace(self, name: str, file: str, content: bytes) -> None:
+        self.fs.pipe_file(str(self.root / name / file), content)
+
+    def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _list(self, folder: PurePosixPath) -> list[str]:
+        self.fs.invalidate_cache(str(folder))
+        try:
+            return [PurePosixPath(path.rstrip("/")).name for path in self.fs.ls(str(folder), detail=False)]
+        except FileNotFoundError:
+            return []
+
+
+def _next(names: Iterator[str] | list[str]) -> int:
+    taken = [int(match[1]) for name in names if (match := _NUMBER.fullmatch(name))]
+    return max(taken, default=0) + 1
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
