@@ -4,13 +4,17 @@ So the arrows of the packages hold (`training -> itemvec <- service`), a small i
 `itemvec --help` imports no torch.
 """
 
+import json
 import sys
+import time
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from itemvec import __version__
@@ -23,6 +27,19 @@ registry_option = click.option(
     "--registry", envvar="ITEMVEC_REGISTRY", default=REGISTRY, show_default=True, metavar="DIR",
     help="Where model versions are published.  [env: ITEMVEC_REGISTRY]",
 )  # fmt: skip
+
+
+def service_options(command: Any) -> Any:
+    """--url and --key of the commands that talk to a running service."""
+    for option in (
+        click.option("--key", envvar="ITEMVEC_KEY", help="Bearer key, if the service has keys.  [env: ITEMVEC_KEY]"),
+        click.option(
+            "--url", envvar="ITEMVEC_URL", default="http://127.0.0.1:8000", show_default=True,
+            help="Where the service answers.  [env: ITEMVEC_URL]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 class Commands(click.Group):
@@ -213,6 +230,128 @@ def rollback_model(name: str, registry: str) -> None:
     from itemvec.registry import Registry
 
     click.echo(f"{name}@{Registry(registry).rollback(name)} is the champion again")
+
+
+@cli.command()
+@click.argument("table")
+@click.option("--model", "name", help="The model's name.  [default: the service's only one]")
+@click.option("--all-columns", is_flag=True, help="Also store columns that the schema does not name.")
+@click.option("--batch", default=1024, show_default=True, type=click.IntRange(1, 4096), help="Items a request.")
+@service_options
+def load(table: str, name: str | None, all_columns: bool, batch: int, url: str, key: str | None) -> None:
+    """Store the items of TABLE (Parquet, CSV, JSON Lines) in a running service, which encodes them.
+
+    Items that are there already are replaced. An item that is refused is reported, the others are kept; exit status 1
+    says that some were refused.
+    """
+    from itemvec.bulk import load_items
+    from itemvec.client import Client
+    from itemvec.table import read_table
+
+    with Client(url, key) as client:
+        model = served_model(client, name)
+        items = read_table(table)
+        began = time.monotonic()
+        with progress_bar() as bar:
+            task = bar.add_task(f"encoding and storing with {model['model']}", total=len(items))
+            done = load_items(client, items, model, all_columns, batch, progress=lambda n: bar.advance(task, n))
+    seconds = time.monotonic() - began
+    click.echo(
+        f"{done.created} created, {done.updated} updated, {done.refused} refused: {done.total / seconds:,.0f} items/s"
+    )
+    for item_id, why in done.reasons:
+        click.echo(f"  {item_id}: {why}", err=True)
+    if done.refused:
+        raise click.ClickException(f"{done.refused} items were refused, the first {len(done.reasons)} are above")
+
+
+@cli.command()
+@click.argument("items", nargs=-1, metavar="ITEM...")
+@click.option("--table", "table_url", help="Embed all items of this table instead.")
+@click.option("--model", "ref", help="`movies`, `movies@3`, `movies@previous`.  [default: the only model's champion]")
+@registry_option
+def embed(items: tuple[str, ...], table_url: str | None, ref: str | None, registry: str) -> None:
+    """Print the embedding of each ITEM, a JSON object of its columns (`-`: one a line from standard input).
+
+    Needs no service: the model version is read from the registry. Each line of output is a JSON object with
+    `embedding`, and `columns`: which of them were not plain.
+
+    \b
+      itemvec embed '{"title": "A new film", "genres": ["Sci-Fi"], "release_year": 1999}'
+    """
+    from itemvec.registry import Registry
+    from itemvec.table import read_table, rows
+
+    if bool(items) == bool(table_url):
+        raise click.UsageError("give either items or --table")
+    store = Registry(registry)
+    model = store.load(ref or only_model(store.names(), registry))
+    if table_url is not None:
+        table, schema = read_table(table_url), model.schema
+        for ids, batch in rows(table, schema.id, [f.name for f in schema.features]):
+            _print_embeddings(model.encode(batch), ids)
+        return
+    lines = [line for line in sys.stdin if line.strip()] if items == ("-",) else items
+    _print_embeddings(model.encode([_parsed(line) for line in lines]))
+
+
+@cli.command()
+@click.argument("item")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--model", "name", help="The model's name.  [default: the service's only one]")
+@click.option("--label", help="A column to show beside the id.  [default: title or name, if there is one]")
+@service_options
+def similar(item: str, k: int, name: str | None, label: str | None, url: str, key: str | None) -> None:
+    """Print the items nearest to ITEM: the id of a stored item, or a JSON object of columns."""
+    from itemvec.client import Client
+
+    query = {"item": _parsed(item)} if item.lstrip().startswith("{") else {"id": item}
+    with Client(url, key) as client:
+        model = served_model(client, name)
+        answer = client.call("POST", "/v1/similar", {**query, "k": k, "model": model["id"]})
+        label = label or next((c for c in ("title", "name") if c in model["item_schema"]["properties"]), None)
+        grid = Table("score", "id", label or "", box=None, pad_edge=False)
+        for neighbor in answer["neighbors"]:
+            shown = client.item(neighbor["id"], model["id"]).get(label, "") if label else ""
+            grid.add_row(f"{neighbor['score']:.3f}", neighbor["id"], str(shown))
+    console().print(grid)
+    click.echo(f"{answer['model']}, fingerprint {answer['fingerprint']}")
+
+
+def served_model(client: Any, name: str | None) -> dict[str, Any]:
+    """What the service says of model `name`, or of its only one."""
+    names = [name] if name else [m["id"] for m in client.call("GET", "/v1/models")["data"]]
+    answer: dict[str, Any] = client.call("GET", f"/v1/models/{quote(only_model(names, client.url))}")
+    return answer
+
+
+def only_model(names: list[str], where: str) -> str:
+    if len(names) != 1:
+        there = f"has {', '.join(names)}" if names else "has none yet: itemvec train"
+        raise click.UsageError(f"which model? {where} {there}" + ("; name one with --model" if names else ""))
+    return names[0]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        item = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text[:60]!r} is not JSON: {error}", param_hint="ITEM") from None
+    if not isinstance(item, dict):
+        raise click.BadParameter(f"{text[:60]!r} is not a JSON object of columns", param_hint="ITEM")
+    return item
+
+
+def _print_embeddings(encoding: Any, ids: list[str] | None = None) -> None:
+    for i, (vector, columns) in enumerate(zip(encoding.vectors.tolist(), encoding.statuses, strict=True)):
+        line = {"embedding": vector, "columns": columns}
+        click.echo(json.dumps({"id": ids[i], **line} if ids else line))
+
+
+def progress_bar() -> Progress:
+    """On standard error, so that output can be piped; without a terminal it shows nothing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def console() -> Console:

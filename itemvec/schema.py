@@ -274,6 +274,7 @@ class FeatureSchema(BaseModel):
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             "title": self.name,
+            "x-itemvec-id": self.id,
             "type": "object",
             "properties": {
                 f.name: {"anyOf": [f.json_type, {"type": "null"}], "x-itemvec-kind": f.kind} for f in self.features

@@ -9,7 +9,7 @@ import pytest
 
 from itemvec.errors import ConfigError, ModelNotFound, RegistryError, VersionCorrupt, VersionNotFound
 from itemvec.registry import Registry
-from tests.test_version import ITEMS, make
+from test_version import ITEMS, make
 
 
 def write(folder, version):
