@@ -1,0 +1,1 @@
+"""Serves embeddings and similar items over HTTP: Ray Serve in front, Redis behind."""

@@ -1,0 +1,68 @@
+"""Fixtures that several test files share: a real Redis and a real Ray, each started once."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import serving
+from realservice import RealService
+
+from itemvec.registry import Registry
+from service.redis_server import EmbeddedRedis
+from training.cluster import own_cluster
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded server, one for all tests; what they leave in it stays."""
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def empty_redis(redis_url: str) -> str:
+    """The same server, emptied before the test."""
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    return redis_url
+
+
+@pytest.fixture(scope="session")
+def toy_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small versions of one model; 1 is the champion. Copy it to change it."""
+    root = tmp_path_factory.mktemp("registry")
+    registry = Registry(root)
+    for seed in (1, 2, 3):
+        serving.publish(registry, seed, alias="champion" if seed == 1 else None)
+    return root
+
+
+@pytest.fixture
+async def toys(
+    anyio_backend: str, tmp_path: Path, toy_registry: Path, empty_redis: str
+) -> AsyncIterator[serving.Running]:
+    """A running service of toys, its store empty."""
+    async with serving.running(serving.copied(toy_registry, tmp_path / "registry"), empty_redis) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def real_service(tmp_path_factory: pytest.TempPathFactory, toy_registry: Path) -> Iterator[RealService]:
+    """`itemvec serve` with two replicas on a Ray of its own, one for all tests."""
+    folder = tmp_path_factory.mktemp("service")
+    service = RealService(folder, serving.copied(toy_registry, folder / "registry"), replicas=2)
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of four logical CPUs, one for all tests that train."""
+    with own_cluster(num_cpus=4):
+        yield

@@ -1,0 +1,724 @@
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from itemvec.errors import ConfigError, ItemNotFound, StoreUnavailable
+from service.redis_server import EmbeddedRedis, find_binaries
+from service.store import Breaker, IndexStatus, Neighbor, Store, _neighbors
+
+pytestmark = pytest.mark.anyio
+
+Vectors = NDArray[np.float32]
+
+
+@pytest.fixture
+async def store(empty_redis: str) -> AsyncIterator[Store]:
+    async with Store(empty_redis) as store:
+        yield store
+
+
+@pytest.fixture
+async def other(empty_redis: str) -> AsyncIterator[Store]:
+    """A second replica of the service."""
+    async with Store(empty_redis) as store:
+        yield store
+
+
+@pytest.fixture
+def raw_redis(empty_redis: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(empty_redis) as client:
+        yield client
+
+
+async def go_live(store: Store, fp: str = "aa", dim: int = 2, name: str = "movies") -> None:
+    await store.ensure_index(name, fp, dim)
+    await store.mark_live(name, fp, f"{name}@1")
+
+
+def rows(*vectors: tuple[float, ...]) -> Vectors:
+    return np.array(vectors, np.float32)
+
+
+def turned(angle: float) -> Vectors:
+    return np.array([np.cos(angle), np.sin(angle)], np.float32)
+
+
+# Neighbors
+
+
+async def test_neighbors_are_ranked_by_angle_not_by_length(store: Store) -> None:
+    await go_live(store)
+    vectors = rows((2, 0), (1, 1), (0, 9), (-1, 0))
+    await store.put("movies", ["east", "north-east", "north", "west"], [b"{}"] * 4, {"aa": vectors})
+    found = await store.search("movies", "aa", rows((5, 0))[0], k=4)
+    # cos 0 = 1, cos 45 deg = 0.7071, cos 90 deg = 0, cos 180 deg = -1; that "north" is the longest must not matter
+    assert [neighbor.id for neighbor in found] == ["east", "north-east", "north", "west"]
+    assert [neighbor.score for neighbor in found] == pytest.approx([1, 0.70711, 0, -1], abs=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["flat", "hnsw"])
+async def test_k_neighbors_are_left_after_excluding_many(store: Store, algorithm: str) -> None:
+    await store.ensure_index("movies", "aa", 2, algorithm=algorithm)  # type: ignore[arg-type]
+    angles = np.arange(1, 301) * 0.01
+    ids = [f"film {i}" for i in range(300)]
+    await store.put("movies", ids, [b"{}"] * 300, {"aa": np.stack([turned(angle) for angle in angles])})
+    found = await store.search("movies", "aa", turned(0), k=20, exclude=[*ids[:200], "unknown"])
+    assert [neighbor.id for neighbor in found] == ids[200:220]
+    assert len(await store.search("movies", "aa", turned(0), k=1000)) == 300
+    assert await store.search("movies", "aa", turned(0), k=5, exclude=ids) == []
+
+
+async def test_equal_scores_come_in_the_order_of_their_ids(store: Store) -> None:
+    await go_live(store)
+    await store.put("movies", ["b", "c", "a"], [b"{}"] * 3, {"aa": rows((1, 1), (2, 2), (4, 4))})
+    assert [found.id for found in await store.search("movies", "aa", rows((1, 1))[0], k=3)] == ["a", "b", "c"]
+
+
+async def test_scores_stay_between_minus_1_and_1(store: Store) -> None:
+    await go_live(store, dim=64)
+    vectors = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    await store.put("movies", [str(i) for i in range(200)], [b"{}"] * 200, {"aa": vectors})
+    for vector in vectors:
+        scores = [neighbor.score for neighbor in await store.search("movies", "aa", vector, k=200)]
+        assert max(scores) <= 1
+        assert min(scores) >= -1
+
+
+async def test_the_graph_index_finds_what_exact_search_finds(store: Store) -> None:
+    dice = np.random.default_rng(0)
+    vectors, queries = dice.standard_normal((1000, 64)), dice.standard_normal((50, 64))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    await store.ensure_index("movies", "aa", 64, algorithm="hnsw")
+    await store.put("movies", [str(i) for i in range(1000)], [b"{}"] * 1000, {"aa": vectors})
+    hits = 0
+    for query in queries:
+        nearest = {str(i) for i in np.argsort(-(vectors @ query))[:10]}
+        hits += len(nearest & {found.id for found in await store.search("movies", "aa", query, k=10)})
+    assert hits / 500 > 0.97  # with the effort that the server takes by default it is 0.66
+
+
+async def test_a_search_that_was_cut_short_is_an_error(raw_redis: redis.Redis, empty_redis: str) -> None:
+    # A reply of the real server, with too little time for 20,000 x 128 numbers.
+    vectors = np.random.default_rng(0).standard_normal((20_000, 128)).astype(np.float32)
+    async with Store(empty_redis) as store:
+        await store.ensure_index("movies", "aa", 128, algorithm="flat")
+        await store.put("movies", [str(i) for i in range(20_000)], [b"{}"] * 20_000, {"aa": vectors})
+        reply = await store._bulk.command(
+            "FT.SEARCH", "iv:idx:movies:aa", "*=>[KNN 20000 @v $q AS d]", "RETURN", 1, "d", "LIMIT", 0, 20_000,
+            "TIMEOUT", 1, "DIALECT", 2, "PARAMS", 2, "q", vectors[0].tobytes(),
+        )  # fmt: skip
+    assert len(reply[b"results"]) < 20_000
+    with pytest.raises(StoreUnavailable, match="cut short: Timeout limit was reached"):
+        _neighbors(reply, 0)
+
+
+async def test_k_below_1_is_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+        await store.search("movies", "aa", turned(0), k=0)
+
+
+# Items
+
+
+async def test_what_was_put_is_there(store: Store) -> None:
+    await go_live(store)
+    written = await store.put("movies", ["tt1", "tt2"], [b'{"a": 1}', b"\xff\x00"], {"aa": rows((1, 0), (0, 1))})
+    assert written.created == [True, True]
+    assert written.live == {"aa": "movies@1"}
+    item = await store.get("movies", "tt2")
+    assert item.raw == b"\xff\x00"
+    assert item.rev == written.revs[1]
+    assert await store.get_many("movies", ["tt2", "none"]) == [item, None]
+    [vector, nothing] = await store.get_vectors("movies", "aa", ["tt2", "none"])
+    assert vector is not None
+    assert vector.dtype == np.float32
+    assert vector.tolist() == [0, 1]
+    assert nothing is None
+    assert await store.count("movies") == 2
+    with pytest.raises(ItemNotFound, match="no item 'none' in movies"):
+        await store.get("movies", "none")
+
+
+async def test_each_write_changes_rev_and_says_whether_the_item_is_new(store: Store) -> None:
+    await go_live(store)
+    revs = []
+    for expected in (True, False, True):
+        written = await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
+        assert written.created == [expected]
+        revs += written.revs
+        if len(revs) == 2:
+            await store.delete("movies", ["tt1"])
+    assert len(set(revs)) == 3
+    assert await store.count("movies") == 1
+
+
+async def test_of_an_id_that_comes_twice_the_last_stays(store: Store) -> None:
+    await go_live(store)
+    written = await store.put("movies", ["a", "a"], [b"1", b"2"], {"aa": rows((1, 0), (0, 1))})
+    assert written.created == [True, False]
+    assert await store.get("movies", "a") == ("a", b"2", written.revs[1])
+    assert await store.search("movies", "aa", rows((0, 1))[0], k=2) == [Neighbor("a", 1.0)]
+    assert await store.count("movies") == 1
+
+
+async def test_nothing_to_write_is_no_error(store: Store) -> None:
+    await go_live(store)
+    written = await store.put("movies", [], [], {"aa": np.empty((0, 2), np.float32)})
+    assert (written.created, written.revs, written.live) == ([], [], {"aa": "movies@1"})
+    assert await store.delete("movies", []) == []
+    assert await store.get_many("movies", []) == []
+    assert await store.add_vectors("movies", "aa", [], [], np.empty((0, 2), np.float32)) == 0
+
+
+async def test_many_items_at_once(store: Store) -> None:
+    await go_live(store)
+    ids = [f"tt{i}" for i in range(2000)]
+    raws = [str(i).encode() for i in range(2000)]
+    vectors = np.stack([turned(i / 1000) for i in range(2000)])
+    written = await store.put("movies", ids, raws, {"aa": vectors})
+    assert all(written.created)
+    items = await store.get_many("movies", ids)
+    assert [(item.id, item.raw, item.rev) for item in items if item] == list(zip(ids, raws, written.revs, strict=True))
+    found = await store.get_vectors("movies", "aa", ids)
+    assert np.array_equal(np.stack([vector for vector in found if vector is not None]), vectors)
+    assert await store.index_status("movies", "aa") == IndexStatus("flat", 2, 2000, 1.0, 0)
+    assert await store.delete("movies", [*ids[:1999], "none"]) == [True] * 1999 + [False]
+    assert await store.count("movies") == 1
+
+
+@pytest.mark.parametrize(
+    ("vectors", "why"),
+    [
+        (rows((1, 0), (0, 0)), "vector 1 .* has no direction"),
+        (rows((1, 0), (1, np.nan)), "vector 1 .* has no direction"),
+        (rows((np.inf, 0), (1, 0)), "vector 0 .* has no direction"),
+        (rows((3e38, 3e38), (1, 0)), "vector 0 .* has no direction"),  # its length is infinite
+        (rows((1, 0, 0), (0, 1, 0)), r"takes vectors of shape \(2, 2\), not \(2, 3\)"),
+        (rows((1, 0)), r"takes vectors of shape \(2, 2\), not \(1, 2\)"),
+    ],
+)
+async def test_a_vector_that_could_not_be_found_is_refused_before_anything_is_written(
+    store: Store, vectors: Vectors, why: str
+) -> None:
+    await go_live(store)
+    with pytest.raises(ValueError, match=why):
+        await store.put("movies", ["a", "b"], [b"{}", b"{}"], {"aa": vectors})
+    with pytest.raises(ValueError, match=why):
+        await store.add_vectors("movies", "aa", ["a", "b"], [b"1", b"1"], vectors)
+    assert await store.count("movies") == 0
+    with pytest.raises(ValueError, match=r"takes vectors|no direction"):
+        await store.search("movies", "aa", np.zeros(vectors.shape[1]), k=1)
+
+
+async def test_models_whose_names_begin_alike_are_apart(store: Store) -> None:
+    names = ["movies", "movies.b01", "movies.b01.b02", "m"]
+    for name in names:
+        await go_live(store, name=name)
+        await store.put(name, [name], [b"{}"], {"aa": rows((1, 0))})
+    for name in names:
+        assert [[item.id for item in batch] async for batch in store.scan(name)] == [[name]]
+        assert [found.id for found in await store.search(name, "aa", rows((1, 0))[0], k=9)] == [name]
+    await store.drop_version("movies", "aa")
+    for name in names[1:]:
+        assert await store.search(name, "aa", rows((1, 0))[0], k=9) == [Neighbor(name, 1.0)]
+    for name in ("", "a:b", "{a}", "a*"):
+        with pytest.raises(ValueError, match="cannot name a model"):
+            await store.count(name)
+
+
+# Ids
+
+
+async def round_trip(store: Store, ids: list[str]) -> None:
+    await store.put("movies", ids, [b"{}"] * len(ids), {"aa": np.ones((len(ids), 2), np.float32)})
+    assert [item and item.id for item in await store.get_many("movies", ids)] == ids
+    assert {item.id async for batch in store.scan("movies") for item in batch} == set(ids)
+    found = [neighbor.id for neighbor in await store.search("movies", "aa", rows((1, 1))[0], k=100)]
+    assert found == sorted(set(ids))
+    rest = await store.search("movies", "aa", rows((1, 1))[0], k=100, exclude=ids[:1])
+    assert {neighbor.id for neighbor in rest} == set(ids) - set(ids[:1])
+    assert all(await store.delete("movies", list(dict.fromkeys(ids))))
+    assert await store.count("movies") == 0
+    assert await store.search("movies", "aa", rows((1, 1))[0], k=1) == []
+
+
+ODD_IDS = [
+    "a b", "a/b", "../..", "{x}", "}{", "a:b", "*", "[0-9]", "\n", "\r\n", "\0", "\\", '"', "'", "%2F", "$q", " ",
+    "\U0001f3ac", "\u65e5\u672c", "e\u0301", "\u00e9", "\ufeff", "\x7f", "\U0001f3ac" * 128, "x" * 512, "-1",
+    "iv:item:{movies.b00}:x",
+]  # fmt: skip
+
+
+async def test_ids_may_be_any_text(store: Store) -> None:
+    await go_live(store)
+    await round_trip(store, ODD_IDS)
+    for item_id in ODD_IDS:
+        await round_trip(store, [item_id])
+
+
+@given(ids=st.lists(st.text(min_size=1, max_size=128), min_size=1, max_size=8, unique=True))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_ids_may_be_any_text_that_hypothesis_thinks_of(redis_url: str, ids: list[str]) -> None:
+    async with Store(redis_url) as store:
+        await go_live(store)
+        await round_trip(store, ids)
+
+
+@pytest.mark.parametrize("item_id", ["", "x" * 513, "\U0001f3ac" * 129, "\ud800"])
+async def test_ids_that_are_none(store: Store, item_id: str) -> None:
+    await go_live(store)
+    with pytest.raises(ValueError, match=r"1 to 512 bytes|surrogates not allowed"):
+        await store.put("movies", ["good", item_id], [b"{}"] * 2, {"aa": rows((1, 0), (0, 1))})
+    assert await store.count("movies") == 0
+
+
+# Deleting
+
+
+async def test_nothing_of_a_deleted_item_remains(store: Store, raw_redis: redis.Redis) -> None:
+    await go_live(store, "aa")
+    await go_live(store, "bb", dim=3)
+    vectors = {"aa": rows((1, 0), (0, 1)), "bb": rows((1, 0, 0), (0, 1, 0))}
+    await store.put("movies", ["gone", "kept"], [b"{}"] * 2, vectors)
+    assert await store.delete("movies", ["gone", "never"]) == [True, False]
+    assert not [key for key in raw_redis.scan_iter() if b"gone" in key]
+    assert await store.search("movies", "aa", rows((1, 0))[0], k=2) == [Neighbor("kept", pytest.approx(0))]
+    assert await store.search("movies", "bb", rows((1, 0, 0))[0], k=2) == [Neighbor("kept", pytest.approx(0))]
+    assert await store.count("movies") == 1
+
+
+async def test_a_delete_reaches_a_version_that_another_replica_made_live(store: Store, other: Store) -> None:
+    await go_live(store, "aa")
+    written = await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})  # here `store` saw only aa
+    await go_live(other, "bb")
+    assert await other.add_vectors("movies", "bb", ["tt1"], written.revs, rows((1, 0))) == 1
+    await store.delete("movies", ["tt1"])
+    assert await store.search("movies", "bb", rows((1, 0))[0], k=1) == []
+    assert await other.get_vectors("movies", "bb", ["tt1"]) == [None]
+
+
+# Versions
+
+
+async def test_a_late_vector_needs_the_rev_it_was_made_from(store: Store) -> None:
+    await go_live(store, "aa")
+    await go_live(store, "bb")
+    ids = ["same", "rewritten", "deleted", "put again"]
+    old = (await store.put("movies", ids, [b"{}"] * 4, {"aa": np.ones((4, 2), np.float32)})).revs
+    await store.put("movies", ["rewritten"], [b"{}"], {"aa": rows((1, 0)), "bb": rows((1, 0))})
+    await store.delete("movies", ["deleted", "put again"])
+    await store.put("movies", ["put again"], [b"{}"], {"aa": rows((1, 0)), "bb": rows((1, 0))})
+    assert await store.add_vectors("movies", "bb", ids, old, np.full((4, 2), [0, 1], np.float32)) == 1
+    found = await store.get_vectors("movies", "bb", ids)
+    assert [None if vector is None else vector.tolist() for vector in found] == [[0, 1], [1, 0], None, [1, 0]]
+
+
+async def test_a_write_reads_the_live_versions_after_it_stored_the_items(store: Store, raw_redis: redis.Redis) -> None:
+    await go_live(store)
+    with raw_redis.monitor() as monitor:
+        await store.put("movies", ["a", "b", "c"], [b"{}"] * 3, {"aa": np.ones((3, 2), np.float32)})
+        await store.ping()
+        seen = list(iter(lambda: monitor.next_command()["command"].split()[0], "PING"))
+    writes = [position for position, command in enumerate(seen) if command == "HSET"]
+    assert len(writes) == 6
+    assert seen.index("HGETALL") > max(writes)
+
+
+async def test_no_write_is_lost_while_a_version_takes_over(store: Store, other: Store) -> None:
+    """Writers at work during a backfill, as the service does it; each vector tells which raw item it is of."""
+    await go_live(store, "old")
+    ids = [f"tt{i}" for i in range(300)]
+    dice = np.random.default_rng(0)
+    numbers = itertools.count(1)
+    done = asyncio.Event()
+    late = 0
+
+    def vectors(values: list[int]) -> Vectors:
+        return np.stack([turned(value / 5000) for value in values])
+
+    await store.put("movies", ids, [b"0"] * 300, {"old": vectors([0] * 300)})
+
+    async def write() -> None:
+        nonlocal late
+        known = {"old"}  # learned from the writes only, as by a replica that nobody told of the new version
+        while not done.is_set():
+            chosen = [str(item_id) for item_id in dice.choice(ids, 5, replace=False)]
+            if dice.random() < 0.2:
+                await store.delete("movies", chosen)
+                continue
+            values = [next(numbers) for _ in chosen]
+            written = await store.put(
+                "movies", chosen, [str(value).encode() for value in values], {fp: vectors(values) for fp in known}
+            )
+            for fp in written.live.keys() - known:
+                late += await store.add_vectors("movies", fp, chosen, written.revs, vectors(values))
+            known = set(written.live)
+
+    async def backfill() -> None:
+        await other.ensure_index("movies", "new", 2)
+        await other.mark_live("movies", "new", "movies@2")
+        async for batch in other.scan("movies", batch=20):
+            await asyncio.sleep(0.002)  # so that many an item changes after it was read
+            values = [int(item.raw) for item in batch]
+            await other.add_vectors(
+                "movies", "new", [item.id for item in batch], [item.rev for item in batch], vectors(values)
+            )
+        done.set()
+
+    await asyncio.gather(backfill(), write(), write(), write())
+    items = [item for item in await store.get_many("movies", ids) if item]
+    expected = {item.id: turned(int(item.raw) / 5000).tolist() for item in items}
+    for fp in ("old", "new"):
+        found = await store.get_vectors("movies", fp, ids)
+        assert {
+            item_id: vector.tolist() for item_id, vector in zip(ids, found, strict=True) if vector is not None
+        } == expected
+        assert (await store.index_status("movies", fp)).docs == len(items) == await store.count("movies")
+    assert next(numbers) > 300
+    assert late > 0
+
+
+async def test_an_index_is_made_once(store: Store, other: Store) -> None:
+    made = await asyncio.gather(*(replica.ensure_index("movies", "aa", 2) for replica in [store, other] * 4))
+    assert sorted(made) == [False] * 7 + [True]
+    with pytest.raises(ConfigError, match="iv:idx:movies:aa in Redis has 2 dimensions, this version 3"):
+        await store.ensure_index("movies", "aa", 3)
+
+
+@pytest.mark.parametrize(("items", "algorithm"), [(49_999, "flat"), (50_000, "hnsw")])
+async def test_large_stores_get_a_graph_index(store: Store, items: int, algorithm: str) -> None:
+    await store.ensure_index("movies", "aa", 2, items_hint=items)
+    assert (await store.index_status("movies", "aa")).algorithm == algorithm
+
+
+async def test_dropping_a_version_leaves_the_others(store: Store, raw_redis: redis.Redis) -> None:
+    await go_live(store, "aa")
+    await go_live(store, "bb")
+    ids = [f"tt{i}" for i in range(1500)]
+    await store.put("movies", ids, [b"{}"] * 1500, dict.fromkeys(["aa", "bb"], np.ones((1500, 2), np.float32)))
+    for _ in range(2):
+        await store.unmark_live("movies", "aa")
+        await store.drop_version("movies", "aa")
+    assert await store.live("movies") == {"bb": "movies@1"}
+    assert not raw_redis.keys("iv:vec:movies:aa:*")
+    assert len(raw_redis.keys("iv:vec:movies:bb:*")) == 1500
+    with pytest.raises(StoreUnavailable, match="movies has no index for fingerprint aa"):
+        await store.search("movies", "aa", turned(0), k=1)
+    assert len(await store.search("movies", "bb", turned(0), k=3)) == 3
+
+
+async def test_no_deleted_item_comes_back_with_the_index_of_a_dropped_version(store: Store, other: Store) -> None:
+    await go_live(store, "aa")
+    await store.put("movies", ["kept", "deleted"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
+    assert await other.search("movies", "aa", turned(0), k=1)
+    await store.unmark_live("movies", "aa")
+    await store.drop_version("movies", "aa")
+    # A write that began before the drop: `other` has not heard of it, and its vectors have no index any more.
+    await other.put("movies", ["kept", "deleted"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
+    assert await store.live("movies") == {}
+    await store.delete("movies", ["deleted"])
+    assert await store.ensure_index("movies", "aa", 2)
+    for _ in range(500):
+        if (await store.index_status("movies", "aa")).percent_indexed == 1:
+            break
+        await asyncio.sleep(0.01)
+    assert [found.id for found in await store.search("movies", "aa", rows((1, 1))[0], k=2)] == ["kept"]
+
+
+async def test_what_is_ready_ends_with_being_live(store: Store) -> None:
+    await go_live(store, "aa")
+    await go_live(store, "bb")
+    await store.mark_ready("movies", "aa")
+    assert await store.ready("movies") == {"aa"}
+    await store.unmark_live("movies", "aa")
+    await store.mark_live("movies", "aa", "movies@1")
+    assert await store.ready("movies") == set()
+
+
+async def test_an_index_made_anew_is_not_ready(store: Store, raw_redis: redis.Redis) -> None:
+    await go_live(store, "aa")
+    await store.mark_ready("movies", "aa")
+    raw_redis.execute_command("FT.DROPINDEX", "iv:idx:movies:aa")
+    await store.ensure_index("movies", "aa", 2)
+    assert await store.ready("movies") == set()
+
+
+async def test_one_switches_at_a_time(store: Store, other: Store) -> None:
+    assert await store.claim("movies", "one", ttl=10) == "one"
+    assert await other.claim("movies", "two", ttl=10) == "one"
+    assert await other.claim("books", "two", ttl=10) == "two"
+    await other.release("movies", "two")  # not his to give back
+    assert await store.claim("movies", "one", ttl=0.05) == "one"
+    await asyncio.sleep(0.1)
+    assert await other.claim("movies", "two", ttl=10) == "two"
+    await other.release("movies", "two")
+    assert await store.claim("movies", "one", ttl=10) == "one"
+
+
+async def test_a_job_is_kept_for_a_while(store: Store, other: Store) -> None:
+    await store.save_job("7", b'{"state": "running"}', ttl=0.2)
+    assert await other.job("7") == b'{"state": "running"}'
+    await asyncio.sleep(0.25)
+    assert await other.job("7") is None
+
+
+# Scanning
+
+
+async def test_a_scan_has_every_item_that_was_there_all_the_time(store: Store, other: Store) -> None:
+    await go_live(store)
+    ids = [f"tt{i}" for i in range(3000)]
+    await store.put("movies", ids, [b"{}"] * 3000, {"aa": np.ones((3000, 2), np.float32)})
+    seen: list[str] = []
+    async for batch in store.scan("movies", batch=100):
+        seen += [item.id for item in batch]
+        extra = [f"new {len(seen)} {i}" for i in range(200)]  # the server's table grows, and shrinks
+        await other.put("movies", extra, [b"{}"] * 200, {"aa": np.ones((200, 2), np.float32)})
+        await other.delete("movies", extra[50:])
+    assert set(ids) <= set(seen)
+
+
+async def test_a_scan_tells_that_redis_was_restarted(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        async with Store(server.url) as store:
+            await go_live(store)
+            ids = [f"tt{i}" for i in range(2000)]
+            await store.put("movies", ids, [b"{}"] * 2000, {"aa": np.ones((2000, 2), np.float32)})
+            scan = store.scan("movies", batch=10)
+            await anext(scan)
+            await asyncio.to_thread(restart, server)
+            with pytest.raises(StoreUnavailable, match="restarted"):
+                async for _ in scan:
+                    pass
+
+
+# Redis is down, hung, full, or lacks something
+
+
+def kill(server: EmbeddedRedis) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    while server.pid is not None:
+        time.sleep(0.005)
+
+
+def restart(server: EmbeddedRedis) -> None:
+    kill(server)
+    server.start()
+
+
+CALLS: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "ping": lambda store: store.ping(),
+    "get": lambda store: store.get("movies", "tt1"),
+    "get_many": lambda store: store.get_many("movies", ["tt1"] * 1000),
+    "get_vectors": lambda store: store.get_vectors("movies", "aa", ["tt1"]),
+    "put": lambda store: store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))}),
+    "put many": lambda store: store.put("movies", ["tt1"] * 99, [b"{}"] * 99, {"aa": rows(*[(1, 0)] * 99)}),
+    "add_vectors": lambda store: store.add_vectors("movies", "aa", ["tt1"], [b"1"], rows((1, 0))),
+    "delete": lambda store: store.delete("movies", ["none"]),
+    "search": lambda store: store.search("movies", "aa", turned(0), 1),
+    "count": lambda store: store.count("movies"),
+    "live": lambda store: store.live("movies"),
+    "mark_live": lambda store: store.mark_live("movies", "aa", "movies@1"),
+    "ensure_index": lambda store: store.ensure_index("movies", "aa", 2),
+    "index_status": lambda store: store.index_status("movies", "aa"),
+    "server_info": lambda store: store.server_info(),
+}
+
+
+async def fails_within(seconds: float, call: Awaitable[object]) -> StoreUnavailable:
+    start = time.monotonic()
+    with pytest.raises(StoreUnavailable) as failure:
+        await call
+    assert time.monotonic() - start < seconds
+    return failure.value
+
+
+async def test_every_call_fails_at_once_while_redis_is_down_and_works_when_it_is_back(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        async with Store(server.url) as store:
+            await go_live(store)
+            await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
+            for call in CALLS.values():
+                await call(store)
+            await asyncio.to_thread(kill, server)
+            assert store.available
+            for call in CALLS.values():
+                failure = await fails_within(0.2, call(store))
+                assert failure.retry_after > 0
+            assert not store.available
+            await fails_within(0.005, store.ping())  # the breaker is open: nothing is tried
+            await asyncio.to_thread(server.start)
+            await asyncio.sleep(1.0)
+            for call in CALLS.values():
+                await call(store)
+            assert store.available
+
+
+async def test_a_short_restart_of_redis_is_not_noticed(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        async with Store(server.url) as store:
+            await go_live(store)
+            await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
+            await asyncio.to_thread(restart, server)  # the connections in the pool are dead now
+            for call in CALLS.values():
+                await call(store)
+
+
+async def test_a_hung_redis_costs_no_more_than_200_ms(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        async with Store(server.url) as store:
+            await go_live(store)
+            await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                for name in ("get", "search", "put", "delete"):
+                    failure = await fails_within(0.2, CALLS[name](store))
+                    assert "did not answer in 0.15 s" in str(failure)
+                await asyncio.gather(*(fails_within(0.2, store.ping()) for _ in range(100)))
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            await asyncio.sleep(1.0)
+            for call in CALLS.values():
+                await call(store)
+
+
+async def test_calls_whose_connection_is_lost_are_sent_again(store: Store, raw_redis: redis.Redis) -> None:
+    await go_live(store)
+    await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
+    raw_redis.client_pause(50)
+    calls = [asyncio.create_task(store.get("movies", "tt1")) for _ in range(10)]
+    await asyncio.sleep(0.02)
+    assert raw_redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") >= 10
+    assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 10
+
+
+async def test_many_calls_at_once_wait_for_each_other(store: Store) -> None:
+    await go_live(store)
+    ids = [str(i) for i in range(500)]
+    await store.put("movies", ids, [b"{}"] * 500, {"aa": np.ones((500, 2), np.float32)})
+    items = await asyncio.gather(*(store.get("movies", item_id) for item_id in ids))
+    assert [item.id for item in items] == ids
+
+
+async def test_calls_do_not_fail_because_this_process_stood_still(store: Store) -> None:
+    await go_live(store)
+    await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
+    calls = [asyncio.create_task(store.get("movies", "tt1")) for _ in range(100)]
+    await asyncio.sleep(0.001)
+    time.sleep(0.3)  # noqa: ASYNC251 - to block the event loop is the point
+    assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 100
+
+
+async def test_an_abandoned_call_leaves_no_answer_for_the_next_one(store: Store) -> None:
+    await go_live(store)
+    ids = [str(i) for i in range(200)]
+    await store.put("movies", ids, [item_id.encode() for item_id in ids], {"aa": np.ones((200, 2), np.float32)})
+    dice = np.random.default_rng(0)
+    for _ in range(10):
+        tasks = [asyncio.create_task(store.get("movies", item_id)) for item_id in ids]
+        await asyncio.sleep(dice.random() / 100)
+        for chosen in dice.choice(200, 100, replace=False):
+            tasks[chosen].cancel()
+        for item_id, item in zip(ids, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
+            if isinstance(item, Exception):
+                raise item
+            assert isinstance(item, asyncio.CancelledError) or item[:2] == (item_id, item_id.encode())
+
+
+async def test_a_full_redis_refuses_a_write_whole(store: Store, raw_redis: redis.Redis) -> None:
+    await go_live(store)
+    await store.put("movies", ["tt1"], [b"old"], {"aa": rows((1, 0))})
+    raw_redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreUnavailable, match="full, raise its maxmemory"):
+            await store.put("movies", ["tt1", "tt2"], [b"new"] * 2, {"aa": rows((0, 1), (0, 1))})
+        assert (await store.get("movies", "tt1")).raw == b"old"
+        assert await store.search("movies", "aa", rows((1, 0))[0], k=1) == [Neighbor("tt1", 1.0)]
+    finally:
+        raw_redis.config_set("maxmemory", 0)
+    assert await store.count("movies") == 1
+
+
+async def test_a_redis_that_evicts_is_refused(store: Store, raw_redis: redis.Redis) -> None:
+    raw_redis.config_set("maxmemory", "1gb")
+    raw_redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(ConfigError, match="set its maxmemory-policy to noeviction"):
+            await store.ensure_index("movies", "aa", 2)
+    finally:
+        raw_redis.config_set("maxmemory-policy", "noeviction")
+        raw_redis.config_set("maxmemory", 0)
+
+
+@pytest.fixture
+def plain_redis(tmp_path: Path) -> Iterator[str]:
+    """The server without its query engine."""
+    socket = tmp_path / "redis.sock"
+    command = [find_binaries()[0], "--port", "0", "--unixsocket", socket, "--save", "", "--dir", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        with redis.Redis(unix_socket_path=str(socket), retry=Retry(ConstantBackoff(0.01), 1000)) as client:
+            client.ping()
+        yield f"unix://{socket}"
+        process.kill()
+
+
+async def test_a_redis_without_query_engine_is_refused_with_the_ways_out(plain_redis: str) -> None:
+    async with Store(plain_redis) as store:
+        assert (await store.server_info()).query_engine is None
+        for call in (store.ensure_index("movies", "aa", 2), store.search("movies", "aa", turned(0), 1)):
+            with pytest.raises(ConfigError, match=r"no query engine.*Redis 8 or Redis Stack.*embedded"):
+                await call
+
+
+async def test_no_error_tells_the_password() -> None:
+    async with Store("redis://user:secret@127.0.0.1:1/0") as store:
+        failure = await fails_within(0.2, store.ping())
+    assert "redis://127.0.0.1:1" in str(failure)
+    assert "secret" not in str(failure) + str(failure.__cause__) + store.address
+
+
+async def test_what_the_server_is(store: Store) -> None:
+    info = await store.server_info()
+    assert (info.version, info.query_engine, info.evicts) == ("8.2.3", "2.10.5", False)
+
+
+def test_the_breaker_opens_after_failures_in_a_row_and_lets_one_call_try_each_second() -> None:
+    now = 0.0
+    breaker = Breaker(failures=3, pause=1.0, clock=lambda: now)
+    for _ in range(2):
+        breaker.failure()
+    breaker.success()
+    for _ in range(3):
+        breaker.enter()
+        breaker.failure()
+    assert breaker.is_open
+    now = 0.75
+    with pytest.raises(StoreUnavailable) as refusal:
+        breaker.enter()
+    assert refusal.value.retry_after == 0.25
+    now = 1.0
+    breaker.enter()
+    with pytest.raises(StoreUnavailable):  # one is trying already
+        breaker.enter()
+    now = 2.0
+    breaker.enter()  # that one was given up by its caller; the next may try
+    breaker.success()
+    breaker.enter()
+    breaker.enter()
+    assert not breaker.is_open
