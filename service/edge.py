@@ -1,0 +1,322 @@
+"""The edge of the service: what every request passes, whatever it asks for.
+
+    request id -> operation (path, method) -> key and scope -> admission -> body within its limits
+        -> the operation's handler -> answer, or the problem that an error maps to -> timings, metrics
+
+It is a plain ASGI application with a table of operations, since a framework's routing, dependencies and validation cost
+more here than encoding an item does. The same table makes the documentation (`service/openapi.py`).
+"""
+
+import asyncio
+import hmac
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from time import perf_counter
+from typing import Any, Final, Literal
+from urllib.parse import parse_qsl, quote
+
+import orjson
+from pydantic import BaseModel
+
+from itemvec.errors import ItemvecError
+from service.metrics import Metrics
+from service.problems import (
+    BodyTooLarge,
+    BodyTooSlow,
+    Forbidden,
+    MalformedRequest,
+    MethodNotAllowed,
+    PathNotFound,
+    TooManyRequests,
+    Unauthorized,
+    UnsupportedMediaType,
+    problem,
+)
+
+log = logging.getLogger("itemvec.service")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Permission = Literal["read", "write", "admin"]
+
+JSON: Final = b"application/json"
+BODY_SECONDS: Final = 30.0
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+"""Printable ASCII without spaces: what may be echoed in a header and written to a log as it came."""
+
+
+@dataclass(slots=True)
+class Answer:
+    body: bytes
+    status: int = 200
+    content_type: bytes = JSON
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    @classmethod
+    def json(cls, value: object, status: int = 200) -> "Answer":
+        """numpy rows are written as lists of numbers, the shortest that give the same float32 again."""
+        return cls(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status)
+
+
+class ClientGone(Exception):
+    """The caller closed the connection before its request was whole; nobody is left to answer."""
+
+
+class Request:
+    """One request on its way; handlers read from it, and note in it how long their parts took."""
+
+    __slots__ = ("_receive", "_scope", "headers", "id", "max_body", "model", "params", "seconds")
+
+    def __init__(self, scope: Scope, receive: Receive, max_body: int) -> None:
+        self._scope, self._receive, self.max_body = scope, receive, max_body
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id", b"")
+        self.id = (given if REQUEST_ID.fullmatch(given) else os.urandom(12).hex().encode()).decode()
+        self.params: Sequence[bytes] = ()
+        """The variable segments of the path, still percent-encoded."""
+        self.model: str | None = None
+        """The version that answered, for the metrics."""
+        self.seconds: dict[str, float] = {}
+        """What parts of the work took, for the header Server-Timing."""
+
+    @property
+    def path(self) -> str:
+        return str(self._scope["path"])
+
+    @property
+    def query(self) -> dict[str, str]:
+        try:
+            return dict(parse_qsl(self._scope.get("query_string", b"").decode(), errors="strict"))
+        except (UnicodeDecodeError, ValueError):
+            raise MalformedRequest("the query string is not percent-encoded UTF-8") from None
+
+    def took(self, part: str, since: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - since
+
+    async def body(self) -> bytes:
+        """The whole body; refused as soon as it is known to be too large, not after it was read."""
+        media_type = self.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        # Other types, and none, can be sent by a foreign web page without asking first; JSON cannot. A service on
+        # loopback without keys is safe from such pages because of this line.
+        if media_type != JSON:
+            raise UnsupportedMediaType(media_type.decode("latin-1")[:100])
+        announced = self.headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.max_body:
+            raise BodyTooLarge(self.max_body)
+        chunks: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    chunks.append(message.get("body", b""))
+                    more = message.get("more_body", False)
+                    size += len(chunks[-1])
+                    if size > self.max_body:
+                        raise BodyTooLarge(self.max_body)
+        except TimeoutError:
+            raise BodyTooSlow(BODY_SECONDS) from None
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+Handler = Callable[[Request], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of the API: where it is, who may make it, what makes the answer, and what the documentation says."""
+
+    method: str
+    path: str
+    """Segments in braces are variable: `/v1/items/{id}`."""
+
+    handler: Handler
+    summary: str
+    tag: str
+    permission: Permission | None = None
+    """The scope a key needs; None is open to everybody, and answered even when the service is full."""
+
+    takes: type[BaseModel] | None = None
+    gives: Mapping[int, type[BaseModel] | str] = field(default_factory=dict)
+    """Status -> the model of the answer, or the media type of one that is not JSON."""
+
+    refuses: tuple[int, ...] = ()
+    query: Mapping[str, str] = field(default_factory=dict)
+    """Name of a query parameter -> what it is for."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+class Router:
+    """Finds an operation by the path as it was sent, so that an encoded slash stays within its segment.
+
+    >>> async def handler(request): ...
+    >>> router = Router([Operation("GET", "/v1/items/{id}", handler, "", "items")])
+    >>> operation, params = router.find("GET", b"/v1/items/a%2Fb%20c")
+    >>> operation.name, params
+    ('GET /v1/items/{id}', [b'a%2Fb%20c'])
+    """
+
+    def __init__(self, operations: Iterable[Operation]) -> None:
+        self._fixed: dict[bytes, dict[str, Operation]] = {}
+        self._variable: dict[int, list[tuple[list[bytes | None], dict[str, Operation]]]] = {}
+        for operation in operations:
+            path = operation.path.encode()
+            if b"{" not in path:
+                methods = self._fixed.setdefault(path, {})
+            else:
+                pattern = [None if s.startswith(b"{") else s for s in path.split(b"/")]
+                same_length = self._variable.setdefault(len(pattern), [])
+                methods = next((m for p, m in same_length if p == pattern), {})
+                if not methods:
+                    same_length.append((pattern, methods))
+            methods[operation.method] = operation
+            if operation.method == "GET":
+                methods["HEAD"] = operation
+
+    def find(self, method: str, path: bytes) -> tuple[Operation, Sequence[bytes]]:
+        methods, params = self._methods(path)
+        operation = methods.get(method)
+        if operation is None:
+            raise MethodNotAllowed(method, methods)
+        return operation, params
+
+    def _methods(self, path: bytes) -> tuple[dict[str, Operation], Sequence[bytes]]:
+        methods = self._fixed.get(path)
+        if methods is not None:
+            return methods, ()
+        segments = path.split(b"/")
+        for pattern, methods in self._variable.get(len(segments), ()):
+            if all(p is None or p == s for p, s in zip(pattern, segments, strict=True)):
+                params = [s for p, s in zip(pattern, segments, strict=True) if p is None]
+                if all(params):
+                    return methods, params
+        raise PathNotFound(path.decode("latin-1"))
+
+
+class Keys:
+    """Bearer keys and what each may do. Without any, everything is open, and the service only starts on loopback."""
+
+    def __init__(self, keys: Mapping[str, Iterable[str]]) -> None:
+        self._keys = [(sha256(key.encode()).digest(), frozenset(scopes)) for key, scopes in keys.items()]
+
+    def check(self, authorization: bytes, permission: Permission) -> None:
+        if not self._keys:
+            return
+        scheme, _, key = authorization.partition(b" ")
+        digest = sha256(key.strip()).digest()
+        # Every key is compared, in constant time, so the time taken tells nothing of a key or its place.
+        matching = [scopes for known, scopes in self._keys if hmac.compare_digest(known, digest)]
+        if scheme.lower() != b"bearer" or not matching:
+            raise Unauthorized
+        if permission not in matching[0]:
+            raise Forbidden(permission)
+
+
+class Edge:
+    """The ASGI application. Admission is bounded: beyond `max_in_flight` requests at once the next is turned away."""
+
+    def __init__(
+        self,
+        operations: Iterable[Operation],
+        keys: Keys,
+        metrics: Metrics,
+        max_in_flight: int,
+        max_body: int,
+        start: Callable[[], Awaitable[None]],
+        stop: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._router, self._keys, self._metrics = Router(operations), keys, metrics
+        self._max_in_flight, self._max_body = max_in_flight, max_body
+        self._start, self.stop = start, stop
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:  # a websocket: accepting none, the handshake is refused with 403
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = perf_counter()
+        request = Request(scope, receive, self._max_body)
+        operation: Operation | None = None
+        try:
+            operation, request.params = self._router.find(scope["method"], _raw_path(scope))
+            answer = await self._admitted(operation, request)
+        except ClientGone:
+            return
+        except Exception as error:
+            answer = self._refusal(error, request, scope["method"])
+        seconds = perf_counter() - began
+        name = operation.name if operation else "none"
+        self._metrics.request(name, answer.status, seconds, request.model)
+        request.seconds["total"] = seconds
+        await _send(answer, request, send, with_body=scope["method"] != "HEAD")
+
+    async def _admitted(self, operation: Operation, request: Request) -> Answer:
+        if operation.permission is None:
+            return await operation.handler(request)
+        self._keys.check(request.headers.get(b"authorization", b""), operation.permission)
+        if self._in_flight >= self._max_in_flight:
+            self._metrics.rejected("in_flight")
+            raise TooManyRequests(self._max_in_flight)
+        self._in_flight += 1
+        self._metrics.in_flight(1)
+        try:
+            return await operation.handler(request)
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight(-1)
+
+    @staticmethod
+    def _refusal(error: Exception, request: Request, method: str) -> Answer:
+        made = problem(error, request.id, request.path[:1000])
+        if made.status == 500:
+            trace = None if isinstance(error, ItemvecError) else error  # one of ours explains itself
+            log.error("request %s failed: %s %s: %s", request.id, method, request.path, error, exc_info=trace)
+        headers = [(name.lower().encode(), value.encode()) for name, value in made.headers.items()]
+        return Answer(orjson.dumps(made.body), made.status, b"application/problem+json", headers)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            part, hook = ("startup", self._start) if message["type"] == "lifespan.startup" else ("shutdown", self.stop)
+            try:
+                await hook()
+            except ItemvecError as error:
+                await send({"type": f"lifespan.{part}.failed", "message": str(error)})
+                return
+            await send({"type": f"lifespan.{part}.complete"})
+            if part == "shutdown":
+                return
+
+
+def _raw_path(scope: Scope) -> bytes:
+    raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    return raw.removeprefix(scope.get("root_path", "").encode())
+
+
+async def _send(answer: Answer, request: Request, send: Send, with_body: bool) -> None:
+    timing = ", ".join(f"{part};dur={seconds * 1000:.3f}" for part, seconds in request.seconds.items())
+    headers = [
+        (b"content-type", answer.content_type),
+        (b"content-length", str(len(answer.body)).encode()),
+        (b"x-request-id", request.id.encode()),
+        (b"server-timing", timing.encode()),
+        *answer.headers,
+    ]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body if with_body else b""})

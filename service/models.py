@@ -1,0 +1,295 @@
+"""The model versions that this replica holds in memory, and the one pointer per model that says which is served.
+
+A version is loaded and verified in a thread beside the served one; then the pointer moves. A request takes its
+version once, at its start, and derives every key, index and answer from it, so a switch in between cannot mix two.
+
+Which version is to be served is the registry's to say (alias `champion`); a version is served only once its index of
+the stored items is complete, which Redis knows (`Store.ready`). A replica reads both at its start and polls them, so
+one that missed a switch follows by itself. Making an index complete is the work of `service/promote.py`.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic, perf_counter
+from typing import Any, TypeVar
+
+from itemvec.errors import (
+    FieldError,
+    ItemvecError,
+    ModelNotFound,
+    RegistryError,
+    StoreUnavailable,
+    VersionCorrupt,
+    VersionNotFound,
+)
+from itemvec.registry import CHAMPION, PREVIOUS, Registry
+from itemvec.version import Encoding, ModelVersion
+from service.config import ServiceConfig
+from service.metrics import Metrics
+from service.problems import InvalidRequest, NotSearchable
+from service.store import Store
+
+log = logging.getLogger("itemvec.service")
+
+T = TypeVar("T")
+
+INLINE_ITEMS = 32
+"""Up to this many items are encoded in the event loop, where handing them to a thread would cost more than the work.
+More would hold up every other request for milliseconds, so they go to a thread."""
+
+
+REFUSED_SECONDS = 30.0
+"""A corrupt version is not read again for so long: reading all its files is work, and polls and callers repeat."""
+
+
+class LoadedModels:
+    """Champions of all models, plus the other versions that were asked for last."""
+
+    def __init__(self, registry: Registry, store: Store, config: ServiceConfig, metrics: Metrics | None = None) -> None:
+        self.registry = registry
+        self._store, self._metrics = store, metrics
+        self._default, self._keep = config.model, config.versions_kept
+        self._poll_seconds = config.registry_poll_seconds
+        self._champions: dict[str, ModelVersion] = {}
+        self._others: OrderedDict[tuple[str, int], ModelVersion] = OrderedDict()
+        self._searchable: dict[str, set[str]] = {}
+        self._loading: dict[tuple[str, int], asyncio.Task[ModelVersion]] = {}
+        self._refused: dict[tuple[str, int], tuple[VersionCorrupt, float]] = {}
+        self._files = ThreadPoolExecutor(1, "itemvec-load")
+        self._encoders = ThreadPoolExecutor(1, "itemvec-encode")
+        self._behind: Callable[[str, int], Awaitable[None]] | None = None
+        self._wake = asyncio.Event()
+        self._polling: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Loads the champions and begins to poll; a second call does nothing.
+
+        Raises an `ItemvecError` when no model can be served at all.
+        """
+        if self._polling is not None:
+            return
+        failed: ItemvecError | None = None
+        for name in await self.in_thread(self.registry.names):
+            try:
+                await self._begin(name)
+            except ItemvecError as error:
+                log.warning("model %s is not served: %s", name, error)
+                failed = error
+        if not self.ready:
+            raise failed or RegistryError(
+                f"the registry {self.registry.url} has no champion to serve: run itemvec train, or name one with "
+                "itemvec models promote"
+            )
+        self._polling = asyncio.create_task(self._poll())
+
+    async def stop(self) -> None:
+        if self._polling is not None:
+            self._polling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._polling
+            self._polling = None
+        self._files.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def when_behind(self, act: Callable[[str, int], Awaitable[None]]) -> None:
+        """`act(name, version)` is called when the registry's champion is one whose index is not complete."""
+        self._behind = act
+        self._wake.set()
+
+    # Versions
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._champions) if self._default is None else self._default in self._champions
+
+    @property
+    def serving(self) -> Mapping[str, ModelVersion]:
+        return self._champions
+
+    def champion(self, name: str | None = None) -> ModelVersion:
+        """The served version; raises `ModelNotFound`."""
+        name = self._default_name() if name is None else name
+        champion = self._champions.get(name)
+        if champion is None:
+            raise ModelNotFound(name, sorted(self._champions))
+        return champion
+
+    async def get(self, ref: str | None) -> ModelVersion:
+        """The version that `ref` means now: None, `movies`, `movies@champion`, `movies@challenger`, `movies@7`.
+
+        Raises `ModelNotFound`, `VersionNotFound`, `VersionCorrupt`.
+        """
+        name, at, which = (self._default_name() if ref is None else ref).partition("@")
+        if not at or which == CHAMPION:
+            return self.champion(name)
+        if which.isascii() and which.isdigit():
+            number = int(which)
+        else:
+            _, number = await self.in_thread(self.registry.resolve, f"{name}@{which}")
+        champion = self._champions.get(name)
+        if champion is not None and champion.version == number:
+            return champion
+        if (held := self._others.get((name, number))) is not None:
+            self._others.move_to_end((name, number))
+            return held
+        return await self._load(name, number)
+
+    async def prepare_version(self, name: str, version: int) -> str:
+        """Loads a version beside the served one. The answer, its fingerprint, says that this replica can serve it."""
+        return (await self.get(f"{name}@{version}")).fingerprint
+
+    async def commit_version(self, name: str, version: int) -> None:
+        """Moves the pointer. What was served stays loaded: writes must still reach it, and a rollback may come."""
+        new = await self.get(f"{name}@{version}")
+        old = self._champions.get(name)
+        if old is new:
+            return
+        self._champions[name] = new
+        self._others.pop((name, version), None)
+        if old is not None:
+            self._hold(old)
+        if self._metrics is not None:
+            self._metrics.model(name, new.ref, new.fingerprint)
+        log.info("serving %s (fingerprint %s), before %s", new.ref, new.fingerprint, old.ref if old else "none")
+
+    async def is_searchable(self, version: ModelVersion) -> bool:
+        """Is the version's index complete? One that is still filled answers partly, without an error."""
+        name, fingerprint = version.name, version.fingerprint
+        return fingerprint in self._searchable.get(name, ()) or fingerprint in await self._read_searchable(name)
+
+    async def check_searchable(self, version: ModelVersion) -> None:
+        """Raises `StoreUnavailable` while the served version's index is filled, `NotSearchable` for one without."""
+        if await self.is_searchable(version):
+            return
+        if version is self._champions.get(version.name):
+            raise StoreUnavailable(f"the index of {version.ref} is still being filled", retry_after=2.0)
+        live = await self._store.live(version.name)
+        searchable = self._searchable[version.name]
+        raise NotSearchable(version.ref, sorted(ref for fingerprint, ref in live.items() if fingerprint in searchable))
+
+    # Work in threads
+
+    async def encode(
+        self, version: ModelVersion, items: Sequence[Mapping[str, Any]], pointer: str = ""
+    ) -> tuple[Encoding, float]:
+        """The encoding, and the seconds that the items waited for the encoder's thread."""
+        asked = perf_counter()
+
+        def work() -> tuple[Encoding, float, float]:
+            began = perf_counter()
+            encoding = version.encode(items, pointer)
+            return encoding, began - asked, perf_counter() - began
+
+        if len(items) <= INLINE_ITEMS:
+            encoding, waited, seconds = work()
+        else:
+            encoding, waited, seconds = await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+        if self._metrics is not None:
+            self._metrics.encoded(version.ref, len(items), seconds)
+        return encoding, waited
+
+    async def in_thread(self, read: Callable[..., T], *args: object) -> T:
+        """For what reads the registry's files, which may lie on a slow disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, read, *args)
+
+    # Helpers
+
+    def _default_name(self) -> str:
+        if self._default is not None:
+            return self._default
+        if len(self._champions) > 1:
+            names = ", ".join(sorted(self._champions))
+            raise InvalidRequest([FieldError("/model", f"is missing, and there are several models: {names}")])
+        return next(iter(self._champions), "")
+
+    async def _load(self, name: str, number: int) -> ModelVersion:
+        key = (name, number)
+        if (failed := self._refused.get(key)) is not None and failed[1] > monotonic():
+            raise failed[0]
+        task = self._loading.get(key)
+        if task is None:  # however many requests ask for a version, it is loaded once
+            task = asyncio.create_task(self.in_thread(self.registry.load, f"{name}@{number}"))
+            self._loading[key] = task
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        try:
+            version = await asyncio.shield(task)  # a caller that gives up must not fail the others
+        except VersionCorrupt as error:
+            self._refused[key] = (error, monotonic() + REFUSED_SECONDS)
+            raise
+        self._hold(version)
+        return version
+
+    def _hold(self, version: ModelVersion) -> None:
+        key = (version.name, version.version)
+        if self._champions.get(version.name) is version:
+            return
+        self._others[key] = version
+        self._others.move_to_end(key)
+        while len(self._others) > self._keep:
+            self._others.popitem(last=False)
+
+    async def _begin(self, name: str) -> None:
+        """Serves the champion, or until its index is complete the version that the store is complete for."""
+        aliases = await self.in_thread(self.registry.aliases, name)
+        if CHAMPION not in aliases:
+            return
+        try:
+            version = await self.get(f"{name}@{aliases[CHAMPION]}")
+        except (VersionCorrupt, VersionNotFound) as error:
+            if PREVIOUS not in aliases:
+                raise
+            log.warning("%s; serving the previous version instead", error)
+            version = await self.get(f"{name}@{aliases[PREVIOUS]}")
+        try:
+            ready, live = await self._read_searchable(name), await self._store.live(name)
+        except StoreUnavailable as error:
+            log.warning("starting without the item store: %s", error)
+            ready, live = set(), {}
+        if version.fingerprint not in ready:
+            for fingerprint in ready & live.keys():
+                with contextlib.suppress(RegistryError, VersionCorrupt):
+                    version = await self.get(live[fingerprint])
+                    break
+        await self.commit_version(name, version.version)
+
+    async def _poll(self) -> None:
+        said: dict[str, str] = {}
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._poll_seconds)
+            self._wake.clear()
+            try:
+                names = await self.in_thread(self.registry.names)
+            except OSError as error:
+                log.warning("cannot read the registry: %s", error)
+                continue
+            for name in names:
+                try:
+                    await self._follow(name)
+                    said.pop(name, None)
+                except Exception as error:
+                    # The next round may find it mended, and what is served goes on. Said once, not each time.
+                    if said.get(name) != str(error):
+                        trace = None if isinstance(error, ItemvecError) else error
+                        log.warning("cannot follow the registry for model %s: %s", name, error, exc_info=trace)
+                    said[name] = str(error)
+
+    async def _follow(self, name: str) -> None:
+        wanted = (await self.in_thread(self.registry.aliases, name)).get(CHAMPION)
+        if wanted is None:
+            return
+        version = await self.get(f"{name}@{wanted}")
+        if name not in self._champions:  # a model that was published after the start
+            await self.commit_version(name, wanted)
+        if version.fingerprint in await self._read_searchable(name):
+            await self.commit_version(name, wanted)
+        elif self._behind is not None:
+            await self._behind(name, wanted)
+
+    async def _read_searchable(self, name: str) -> set[str]:
+        self._searchable[name] = await self._store.ready(name)
+        return self._searchable[name]

@@ -1,0 +1,121 @@
+"""The OpenAPI document of the table of operations, and the page that shows it."""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import itemvec
+from itemvec.errors import ConfigError
+from service.edge import Operation
+from service.problems import reason
+from service.schemas import Problem
+
+ASSETS: Final = {
+    "swagger-ui-bundle.js": b"text/javascript; charset=utf-8",
+    "swagger-ui.css": b"text/css; charset=utf-8",
+}
+REFERENCE: Final = "#/components/schemas/{model}"
+
+PAGE: Final = b"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>itemvec</title>
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#ui", deepLinking: true, tryItOutEnabled: true})</script>
+</body>
+</html>
+"""
+
+
+def document(operations: Iterable[Operation], with_keys: bool) -> bytes:
+    """The OpenAPI 3.1 document; `with_keys`: calls need a bearer key."""
+    operations = list(operations)
+    used = {m for o in operations for m in (o.takes, *o.gives.values(), Problem) if isinstance(m, type)}
+    models = sorted(used, key=lambda m: m.__name__)
+    _, schemas = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, with_keys)
+    components: dict[str, Any] = {"schemas": schemas["$defs"]}
+    if with_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    made = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "itemvec",
+            "version": itemvec.__version__,
+            "description": "Dense embeddings of items, and the items that are similar. Errors are RFC 9457 problems.",
+        },
+        "paths": paths,
+        "components": components,
+    }
+    return orjson.dumps(made)
+
+
+def asset(name: str) -> tuple[bytes, bytes]:
+    """A file of Swagger UI and its media type; they come with a package, so the page needs no internet."""
+    return _read(name), ASSETS[name]
+
+
+@lru_cache
+def _read(name: str) -> bytes:
+    package = find_spec("fastapi_offline")  # found, not imported: only its files are of use
+    if package is None or package.origin is None:
+        raise ConfigError("/docs needs the package fastapi-offline: pip install 'itemvec[service]'")
+    return (Path(package.origin).parent / "static" / name).read_bytes()
+
+
+def _described(operation: Operation, with_keys: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": operation.handler.__name__,
+        "summary": operation.summary,
+        "description": " ".join((operation.handler.__doc__ or "").split()),
+        "tags": [operation.tag],
+        "parameters": [_parameter(name, "path") for name in re.findall(r"{(\w+)}", operation.path)]
+        + [_parameter(name, "query", text) for name, text in operation.query.items()],
+        "responses": {str(status): _answer(status, gives) for status, gives in operation.gives.items()}
+        | {str(status): _problem(status) for status in operation.refuses},
+    }
+    if operation.takes is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(operation.takes)}},
+        }
+    if with_keys and operation.permission is not None:
+        described["security"] = [{"key": []}]
+        described["description"] += f" Needs a key with the scope `{operation.permission}`."
+    return described
+
+
+def _parameter(name: str, place: str, text: str = "") -> dict[str, Any]:
+    schema = {"type": "integer" if name == "version" else "string"}
+    return {"name": name, "in": place, "required": place == "path", "description": text, "schema": schema}
+
+
+def _answer(status: int, gives: type[BaseModel] | str) -> dict[str, Any]:
+    if not gives:
+        return {"description": reason(status)}
+    if isinstance(gives, str):
+        return {"description": reason(status), "content": {gives: {}}}
+    return {"description": reason(status), "content": {"application/json": {"schema": _ref(gives)}}}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    return {"description": reason(status), "content": {"application/problem+json": {"schema": _ref(Problem)}}}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(model=model.__name__)}

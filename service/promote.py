@@ -1,0 +1,327 @@
+"""Promotion and rollback: the stored items are encoded with the new version, then the service switches to it.
+
+A promotion is a job, since encoding a large store takes its time; `PUT .../aliases/champion` starts one and answers at
+once. Its order is what keeps every write and every answer right:
+
+    load the version on every replica -> make its index -> mark it live (from here on writes reach it too)
+        -> scan the items and add their vectors, where an item has not changed since -> wait until the index is whole
+        -> mark it ready -> registry: champion -> every replica moves its pointer -> in a while drop what is too old
+
+Whatever fails before the registry is written leaves the champion as it was. The previous version stays live and ready,
+so a rollback is the same job with nothing to encode. One promotion per model runs at a time, whichever replica has it:
+a lease in Redis says so, and what a dead replica held is free again in seconds. Jobs are kept in Redis as well, since
+a question about one may reach any replica.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import orjson
+
+from itemvec.errors import ItemvecError, StoreUnavailable
+from itemvec.registry import CHAMPION, PREVIOUS
+from itemvec.version import ModelVersion
+from service.items import encode_fitting
+from service.models import LoadedModels
+from service.problems import JobNotFound, PromotionRunning, problem
+from service.store import Store
+
+log = logging.getLogger("itemvec.service")
+
+LEASE_SECONDS = 15.0
+"""A job whose replica has not been heard of for so long is taken for dead."""
+
+KEPT_SECONDS = 86_400.0
+PREPARE_SECONDS = 600.0
+INDEX_SECONDS = 600.0
+CLEANING = "drop-"
+"""Begins the name of who holds the lease to remove an old version: nobody's job, and soon done."""
+
+PATIENCE_SECONDS = 5.0
+AGAIN_SECONDS = 30.0
+"""After a failure, until a champion that the registry names is tried again."""
+
+SCAN_TRIES = 3
+BATCH = 128
+"""Items encoded at once in a backfill: some 5 ms, so that no request waits long for the interpreter."""
+
+TOLD_REFUSALS = 20
+
+State = Literal["running", "succeeded", "failed"]
+Stage = Literal["loading", "encoding items", "waiting for the index", "switching", "done"]
+
+
+class Fleet(Protocol):
+    """Calls a method on every replica; raises the first error of one that is alive."""
+
+    async def call(self, method: str, *args: Any, timeout: float = 60.0) -> list[Any]: ...  # noqa: ASYNC109
+
+
+class Alone:
+    """The fleet of a service that is this one process."""
+
+    def __init__(self, models: LoadedModels) -> None:
+        self._models = models
+
+    async def call(self, method: str, *args: Any, timeout: float = 60.0) -> list[Any]:  # noqa: ASYNC109
+        async with asyncio.timeout(timeout):
+            return [await getattr(self._models, method)(*args)]
+
+
+@dataclass(slots=True)
+class Job:
+    id: str
+    name: str
+    version: int
+    cause: Literal["request", "registry"]
+    """Who asked: a call, or the registry's champion that was changed by other means."""
+
+    state: State = "running"
+    stage: Stage = "loading"
+    done: int = 0
+    total: int = 0
+    """Items encoded, and those that there were when encoding began."""
+
+    refused: int = 0
+    refusals: list[dict[str, str]] = field(default_factory=list)
+    """Stored items that the version cannot encode; the first of them, with the reason."""
+
+    started: float = 0.0
+    heard: float = 0.0
+    """Unix seconds; a running job is heard of every few seconds."""
+
+    problem: dict[str, Any] | None = None
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "id": self.id, "kind": "promotion", "model": f"{self.name}@{self.version}", "cause": self.cause,
+            "state": self.state, "stage": self.stage, "progress": {"done": self.done, "total": self.total},
+            "refused": self.refused, "refusals": self.refusals,
+            "started_at": _iso(self.started), "updated_at": _iso(self.heard), "problem": self.problem,
+        }  # fmt: skip
+
+
+class Promotions:
+    def __init__(self, models: LoadedModels, store: Store, fleet: Fleet | None = None, grace: float = 30.0) -> None:
+        """`grace`: seconds after a switch for which requests on their way may still ask for what is dropped then."""
+        self._models, self._store, self._fleet = models, store, fleet or Alone(models)
+        self._grace = grace
+        self._running: dict[str, Job] = {}
+        self._failed: dict[tuple[str, int], float] = {}
+        """When the last try at a version failed."""
+
+        self._tasks: set[asyncio.Task[None]] = set()
+        models.when_behind(self.follow)
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def promote(self, name: str, version: int) -> Job:
+        """Starts the switch to a version; the one under way is the answer if it is to the same.
+
+        Raises `VersionNotFound`, or `PromotionRunning` if one to another version is under way.
+        """
+        await self._models.in_thread(self._models.registry.resolve, f"{name}@{version}")
+        try:
+            return await self._start(name, version, "request")
+        except PromotionRunning as running:
+            with contextlib.suppress(JobNotFound):
+                job = await self.job(running.job_id)
+                if job.version == version and job.state == "running":
+                    return job
+            raise
+
+    async def follow(self, name: str, version: int) -> None:
+        """Makes ready what the registry has named champion by other means, unless some replica is at it already."""
+        if time.monotonic() - self._failed.get((name, version), -AGAIN_SECONDS) < AGAIN_SECONDS:
+            return
+        with contextlib.suppress(PromotionRunning):
+            await self._start(name, version, "registry")
+
+    async def job(self, job_id: str) -> Job:
+        if job_id in self._running:
+            return self._running[job_id]
+        record = await self._store.job(job_id)
+        if record is None:
+            raise JobNotFound(job_id)
+        job = Job(**orjson.loads(record))
+        if job.state == "running" and time.time() - job.heard > LEASE_SECONDS:
+            gone = StoreUnavailable("the replica that ran this job is gone; start it again")
+            job.state, job.problem = "failed", problem(gone, job.id).body
+        return job
+
+    async def _start(self, name: str, version: int, cause: Literal["request", "registry"]) -> Job:
+        job = Job(secrets.token_hex(8), name, version, cause, started=time.time(), heard=time.time())
+        holder = await self._store.claim(name, job.id, LEASE_SECONDS)
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while holder.startswith(CLEANING) and time.monotonic() < patience:
+            await asyncio.sleep(0.05)
+            holder = await self._store.claim(name, job.id, LEASE_SECONDS)
+        if holder.startswith(CLEANING):
+            raise StoreUnavailable(f"an old version of {name} is still being removed", retry_after=5.0)
+        if holder != job.id:
+            raise PromotionRunning(name, holder)
+        self._running[job.id] = job
+        await self._note(job)
+        self._spawn(self._run(job))
+        return job
+
+    async def _run(self, job: Job) -> None:
+        renewal = asyncio.create_task(self._renew(job.name, job.id, job))
+        failure: Exception | None = StoreUnavailable("the replica that ran this job was stopped; start it again")
+        try:
+            await self._switch(job)
+            failure = None
+        except Exception as error:
+            trace = None if isinstance(error, ItemvecError) else error
+            log.warning("job %s: %s@%d was not promoted: %s", job.id, job.name, job.version, error, exc_info=trace)
+            failure = error
+        finally:
+            renewal.cancel()
+            # The lease first: who reads that the job has ended may start the next one.
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.release(job.name, job.id)
+            self._end(job, failure)
+            with contextlib.suppress(StoreUnavailable):
+                await self._note(job)
+            self._running.pop(job.id, None)
+        if failure is None:
+            self._spawn(self._drop_old(job.name))
+
+    def _end(self, job: Job, failure: Exception | None) -> None:
+        if failure is None:
+            job.state, job.stage = "succeeded", "done"
+            self._failed.pop((job.name, job.version), None)
+            log.info("promoted %s@%d (job %s)", job.name, job.version, job.id)
+        else:
+            job.state, job.problem = "failed", problem(failure, job.id).body
+            self._failed[job.name, job.version] = time.monotonic()
+
+    async def _switch(self, job: Job) -> None:
+        name, number = job.name, job.version
+        await self._fleet.call("prepare_version", name, number, timeout=PREPARE_SECONDS)
+        version = await self._models.get(f"{name}@{number}")
+        if version.fingerprint not in await self._store.ready(name):
+            was_live = version.fingerprint in await self._store.live(name)
+            try:
+                await self._backfill(job, version)
+            except BaseException:
+                if not was_live:
+                    await asyncio.shield(self._withdraw(version))
+                raise
+        job.stage = "switching"
+        await self._models.in_thread(self._models.registry.promote, name, number)
+        try:
+            await self._fleet.call("commit_version", name, number)
+        except Exception as error:  # the registry has it, so whoever missed the call follows at its next poll
+            log.warning("not every replica was told of %s@%d, the rest will read it: %s", name, number, error)
+
+    async def _backfill(self, job: Job, version: ModelVersion) -> None:
+        name, fingerprint, store = job.name, version.fingerprint, self._store
+        job.stage, job.total = "encoding items", await store.count(name)
+        await store.ensure_index(name, fingerprint, version.dim, items_hint=job.total)
+        await store.mark_live(name, fingerprint, version.ref)
+        for tries_left in reversed(range(SCAN_TRIES)):
+            try:
+                await self._encode_stored(job, version)
+                break
+            except StoreUnavailable as error:
+                if not tries_left:
+                    raise
+                log.warning("job %s scans the items again: %s", job.id, error)
+                await asyncio.sleep(error.retry_after)
+        job.stage = "waiting for the index"
+        await self._wait_for_index(job, version)
+        await store.mark_ready(name, fingerprint)
+
+    async def _encode_stored(self, job: Job, version: ModelVersion) -> None:
+        job.done, job.refused, job.refusals = 0, 0, []
+        async for batch in self._store.scan(job.name, BATCH):
+            began = time.monotonic()
+            fitting = await encode_fitting(self._models, version, [orjson.loads(item.raw) for item in batch])
+            kept = [batch[i] for i in fitting.rows]
+            if kept:
+                ids, revs = [item.id for item in kept], [item.rev for item in kept]
+                await self._store.add_vectors(job.name, version.fingerprint, ids, revs, fitting.vectors)
+            job.done += len(batch)
+            job.refused += len(fitting.errors)
+            for row, errors in fitting.errors.items():
+                if len(job.refusals) < TOLD_REFUSALS:
+                    column = errors[0].pointer.removeprefix(f"/{row}")
+                    job.refusals.append({"id": batch[row].id, "pointer": column, "detail": errors[0].detail})
+            await asyncio.sleep(time.monotonic() - began)  # half of the time is for the requests
+        if job.refused:
+            log.warning("job %s: %s cannot encode %d stored items", job.id, version.ref, job.refused)
+
+    async def _wait_for_index(self, job: Job, version: ModelVersion) -> None:
+        """Until the index holds every vector: one that does not answers with part of the neighbors and no error."""
+        deadline = time.monotonic() + INDEX_SECONDS
+        while True:
+            # The count first: items that are put in between are in the index, never the other way round.
+            expected = await self._store.count(job.name) - job.refused
+            status = await self._store.index_status(job.name, version.fingerprint)
+            if status.failures:
+                raise StoreUnavailable(f"{status.failures} vectors of {version.ref} were refused by its index")
+            if status.percent_indexed >= 1 and status.docs >= expected:
+                return
+            if time.monotonic() > deadline:
+                raise StoreUnavailable(
+                    f"the index of {version.ref} has {status.docs} of {expected} vectors after {INDEX_SECONDS:g} s"
+                )
+            await asyncio.sleep(0.05)
+
+    async def _withdraw(self, version: ModelVersion) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            await self._store.unmark_live(version.name, version.fingerprint)
+            await self._store.drop_version(version.name, version.fingerprint)
+
+    async def _drop_old(self, name: str) -> None:
+        """Of the live versions the champion and the previous one stay."""
+        await asyncio.sleep(self._grace)
+        me = CLEANING + secrets.token_hex(8)
+        with contextlib.suppress(StoreUnavailable):
+            if await self._store.claim(name, me, LEASE_SECONDS) != me:
+                return  # the promotion that runs now will see to it
+            renewal = asyncio.create_task(self._renew(name, me))
+            try:
+                aliases = await self._models.in_thread(self._models.registry.aliases, name)
+                kept = {f"{name}@{aliases[alias]}" for alias in (CHAMPION, PREVIOUS) if alias in aliases}
+                kept_fingerprints = {(await self._models.get(ref)).fingerprint for ref in kept}
+                for fingerprint, ref in (await self._store.live(name)).items():
+                    if fingerprint not in kept_fingerprints:
+                        await self._store.unmark_live(name, fingerprint)
+                        await self._store.drop_version(name, fingerprint)
+                        log.info("dropped the index and the vectors of %s", ref)
+            finally:
+                renewal.cancel()
+                await self._store.release(name, me)
+
+    async def _renew(self, name: str, holder: str, job: Job | None = None) -> None:
+        """Keeps the lease, and tells how far the job is, until it is cancelled."""
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 15)
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.claim(name, holder, LEASE_SECONDS)
+                if job is not None:
+                    await self._note(job)
+
+    async def _note(self, job: Job) -> None:
+        job.heard = time.time()
+        await self._store.save_job(job.id, orjson.dumps(asdict(job)), KEPT_SECONDS)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _iso(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,364 @@
+"""Request bodies: bytes -> checked values, by hand, since this runs for every request.
+
+Each `read_...` function takes a body and answers with a small dataclass, or raises `MalformedRequest` (no JSON) or
+`InvalidRequest` with a JSON pointer per value. What an item's columns mean is not decided here: only that an item is an
+object of bounded size. A field that a request does not have is an error, never ignored: a misspelt `exclude` must not
+give the very neighbors it was to leave out.
+"""
+
+import binascii
+import math
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from itemvec.errors import FieldError
+from itemvec.values import MAX_ID_BYTES
+from service.problems import MAX_ERRORS, InvalidRequest, MalformedRequest
+
+type_names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+
+Item = dict[str, Any]
+
+MAX_COLUMNS = 1000
+MAX_DIM = 65_536
+DEFAULT_K = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for. Beyond any of them the answer is 413 or 422 and names the limit."""
+
+    items: int
+    labels: int
+    string: int
+    k: int
+    exclude: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsRequest:
+    items: list[Item]
+    model: str | None
+    base64: bool
+    dimensions: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SimilarRequest:
+    """Exactly one of `id`, `item` and `embedding` is set."""
+
+    id: str | None
+    item: Item | None
+    embedding: npt.NDArray[np.float32] | None
+    k: int
+    exclude: frozenset[str]
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRequest:
+    entries: list["Entry | RefusedEntry"]
+    """In the order they came."""
+
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    id: str
+    item: Item
+    raw: bytes
+    """The item as it is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedEntry:
+    id: str | None
+    errors: list[FieldError]
+
+
+def read_embeddings(body: bytes, limits: Limits) -> EmbeddingsRequest:
+    fields = _object(body, {"input", "model", "encoding_format", "dimensions", "user"})
+    errors: list[FieldError] = []
+    items = fields.get("input")
+    if "input" not in fields:
+        errors.append(FieldError("/input", "is missing: send a list of items, each an object of columns"))
+    elif not isinstance(items, list):
+        errors.append(_expected("/input", "a list of items", items))
+    elif not 1 <= len(items) <= limits.items:
+        errors.append(FieldError("/input", f"has {len(items)} items; a request takes 1 to {limits.items}"))
+    else:
+        errors += _item_errors(items, "/input", limits, len(body))
+    encoding_format = fields.get("encoding_format", "float")
+    if encoding_format not in ("float", "base64"):
+        errors.append(_expected("/encoding_format", '"float" or "base64"', encoding_format))
+    dimensions = fields.get("dimensions")
+    if dimensions is not None and not (_is_int(dimensions) and dimensions >= 1):
+        errors.append(_expected("/dimensions", "a whole number from 1", dimensions))
+    model = _model(fields, errors)
+    if errors:
+        raise InvalidRequest(errors)
+    return EmbeddingsRequest(fields["input"], model, encoding_format == "base64", dimensions)
+
+
+def read_similar(body: bytes, limits: Limits) -> SimilarRequest:
+    fields = _object(body, {"id", "item", "embedding", "k", "exclude", "model"})
+    errors: list[FieldError] = []
+    given = [name for name in ("id", "item", "embedding") if name in fields]
+    if len(given) != 1:
+        seen = " and ".join(given) or "none"
+        raise InvalidRequest.at("", f"send exactly one of id, item and embedding; this one has {seen}")
+    query_id = item = embedding = None
+    match given[0]:
+        case "id":
+            query_id = _item_id(fields["id"], "/id", errors)
+        case "item":
+            item = fields["item"]
+            errors += _item_error(item, "/item", limits, len(body))
+        case _:
+            embedding = _embedding(fields["embedding"], errors)
+    k = fields.get("k", DEFAULT_K)
+    if not _is_int(k) or not 1 <= k <= limits.k:
+        errors.append(_expected("/k", f"a whole number from 1 to {limits.k}", k))
+    exclude = fields.get("exclude", [])
+    if not isinstance(exclude, list):
+        errors.append(_expected("/exclude", "a list of item ids", exclude))
+    elif len(exclude) > limits.exclude:
+        errors.append(FieldError("/exclude", f"has {len(exclude)} ids; a request takes up to {limits.exclude}"))
+    else:
+        for i, left_out in enumerate(exclude):
+            _item_id(left_out, f"/exclude/{i}", errors)
+    model = _model(fields, errors)
+    if errors:
+        raise InvalidRequest(errors)
+    return SimilarRequest(query_id, item, embedding, k, frozenset(exclude), model)
+
+
+def read_item(body: bytes, item_id: str, limits: Limits) -> Entry:
+    """The columns of one item. Its id may stand among them, as in a table's row, but not another one."""
+    item = _object(body, None)
+    errors = _item_error(item, "", limits, len(body))
+    if "id" in item and item.pop("id") != item_id:
+        errors.append(FieldError("/id", "is not the id in the path"))
+    raw = _raw(item, "", errors)
+    if errors:
+        raise InvalidRequest(errors)
+    return Entry(item_id, item, raw)
+
+
+def read_bulk(body: bytes, limits: Limits) -> BulkRequest:
+    """A wrong entry is refused alone; a wrong list, as a whole."""
+    fields = _object(body, {"items", "model"})
+    errors: list[FieldError] = []
+    items = fields.get("items")
+    if "items" not in fields:
+        errors.append(FieldError("/items", "is missing: send a list of items, each an object with its id and columns"))
+    elif not isinstance(items, list):
+        errors.append(_expected("/items", "a list of items", items))
+    elif not 1 <= len(items) <= limits.items:
+        errors.append(FieldError("/items", f"has {len(items)} items; a request takes 1 to {limits.items}"))
+    model = _model(fields, errors)
+    if errors:
+        raise InvalidRequest(errors)
+    return BulkRequest(_entries(fields["items"], limits, len(body)), model)
+
+
+def _entries(items: list[Any], limits: Limits, size: int) -> list[Entry | RefusedEntry]:
+    entries: list[Entry | RefusedEntry] = []
+    ids = [item.get("id") if isinstance(item, dict) else None for item in items]
+    last = {item_id: i for i, item_id in enumerate(ids) if isinstance(item_id, str)}
+    for i, (item, given) in enumerate(zip(items, ids, strict=True)):
+        pointer, item_id, raw = f"/items/{i}", None, b""
+        errors = _item_error(item, pointer, limits, size)
+        if isinstance(item, dict):
+            if "id" in item:
+                item_id = _item_id(item.pop("id"), f"{pointer}/id", errors)
+            else:
+                errors.append(FieldError(f"{pointer}/id", "is missing: every item needs its id"))
+            raw = _raw(item, pointer, errors)
+        if isinstance(given, str) and last[given] != i:
+            errors.append(FieldError(f"{pointer}/id", f"comes again at /items/{last[given]}, which is kept"))
+        if errors or item_id is None:
+            entries.append(RefusedEntry(item_id, errors))
+        else:
+            entries.append(Entry(item_id, item, raw))
+    return entries
+
+
+def _raw(item: Item, pointer: str, errors: list[FieldError]) -> bytes:
+    try:
+        return orjson.dumps(item)
+    except TypeError:  # it reads 1024 levels and writes 254
+        errors.append(FieldError(pointer, "is nested too deeply to be stored"))
+        return b""
+
+
+def read_alias(body: bytes) -> int:
+    """The version that an alias is to point to."""
+    version = _object(body, {"version"}).get("version")
+    if type(version) is int and 1 <= version < 2**31:
+        return version
+    raise InvalidRequest([_expected("/version", "a version number, from 1", version)])
+
+
+def read_path_segment(raw: bytes) -> str:
+    """One percent-encoded segment of a path. Decoding anything but UTF-8 leniently would let two ids become one."""
+    try:
+        return unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise MalformedRequest(f"the path segment {raw[:80]!r} is not percent-encoded UTF-8") from None
+
+
+def read_path_id(raw: bytes) -> str:
+    errors: list[FieldError] = []
+    item_id = _item_id(read_path_segment(raw), "/id", errors)
+    if item_id is None:
+        raise InvalidRequest(errors)
+    return item_id
+
+
+def _object(body: bytes, known: set[str] | None) -> dict[str, Any]:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest([_expected("", "an object", value)])
+    if known is not None and not value.keys() <= known:
+        names = ", ".join(sorted(known))
+        raise InvalidRequest(
+            FieldError("/" + _escaped(name), f"is not a field of this request; its fields are {names}")
+            for name in islice(value.keys() - known, MAX_ERRORS)
+        )
+    return value
+
+
+def _model(fields: Mapping[str, Any], errors: list[FieldError]) -> str | None:
+    model = fields.get("model")
+    if model is not None and not (isinstance(model, str) and 0 < len(model) <= 200):
+        errors.append(_expected("/model", "a name such as movies, movies@7 or movies@champion", model))
+    return model
+
+
+def _item_id(value: Any, pointer: str, errors: list[FieldError]) -> str | None:
+    if not isinstance(value, str):
+        errors.append(_expected(pointer, "an item id, as a string", value))
+    elif not value:
+        errors.append(FieldError(pointer, "an item id cannot be empty"))
+    elif len(value) > MAX_ID_BYTES // 4 and len(value.encode()) > MAX_ID_BYTES:
+        errors.append(FieldError(pointer, f"the id is longer than {MAX_ID_BYTES} bytes in UTF-8"))
+    else:
+        return value
+    return None
+
+
+def _item_errors(items: list[Any], pointer: str, limits: Limits, size: int) -> list[FieldError]:
+    # A body this small cannot hold a set or a string beyond the limits, so most requests skip the look at each value.
+    if size < min(limits.string, 2 * limits.labels, 4 * MAX_COLUMNS):
+        return [
+            _expected(f"{pointer}/{i}", "an item, as an object", x) for i, x in enumerate(items) if type(x) is not dict
+        ]
+    return [error for i, item in enumerate(items) for error in _item_error(item, f"{pointer}/{i}", limits, size)]
+
+
+def _item_error(item: Any, pointer: str, limits: Limits, size: int) -> list[FieldError]:
+    if type(item) is not dict:
+        return [_expected(pointer, "an item, as an object", item)]
+    if len(item) > MAX_COLUMNS:
+        return [FieldError(pointer, f"has {len(item)} columns; an item takes up to {MAX_COLUMNS}")]
+    if size < min(limits.string, 2 * limits.labels):
+        return []
+    errors = []
+    for name, value in item.items():
+        if type(value) is str:
+            if len(value) > limits.string:
+                errors.append(_too_long(f"{pointer}/{_escaped(name)}", value, limits))
+        elif type(value) is list and value:
+            if len(value) > limits.labels:
+                detail = f"has {len(value)} entries; a column takes up to {limits.labels}"
+                errors.append(FieldError(f"{pointer}/{_escaped(name)}", detail))
+            elif size >= limits.string and (j := _too_long_at(value, limits.string)) is not None:
+                errors.append(_too_long(f"{pointer}/{_escaped(name)}/{j}", value[j], limits))
+    return errors
+
+
+def _too_long_at(values: list[Any], limit: int) -> int | None:
+    try:
+        if max(map(len, values)) <= limit:  # several times faster than looking at each: nearly always the answer
+            return None
+    except TypeError:  # something without a length
+        pass
+    return next((j for j, value in enumerate(values) if type(value) is str and len(value) > limit), None)
+
+
+def _too_long(pointer: str, value: str, limits: Limits) -> FieldError:
+    return FieldError(pointer, f"has {len(value)} characters; a string takes up to {limits.string}")
+
+
+def _embedding(value: Any, errors: list[FieldError]) -> npt.NDArray[np.float32] | None:
+    """A vector as numbers, or as the base64 that /v1/embeddings gives. Its size is the model's to judge."""
+    pointer = "/embedding"
+    if isinstance(value, str):
+        try:
+            packed = b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            errors.append(FieldError(pointer, "is a string, but not base64"))
+            return None
+        if len(packed) % 4:
+            errors.append(FieldError(pointer, f"holds {len(packed)} bytes, which is no number of float32"))
+            return None
+        return _unit(np.frombuffer(packed, "<f4").astype(np.float64), pointer, errors)
+    if not isinstance(value, list):
+        errors.append(_expected(pointer, "a list of numbers, or their float32 as base64", value))
+        return None
+    if len(value) > MAX_DIM:
+        errors.append(FieldError(pointer, f"has {len(value)} numbers; no model has more than {MAX_DIM}"))
+        return None
+    wrong = [(i, x) for i, x in enumerate(value) if type(x) is not float and type(x) is not int]
+    if wrong:
+        errors += [_expected(f"{pointer}/{i}", "a number", x) for i, x in wrong[:MAX_ERRORS]]
+        return None
+    return _unit(np.array(value, np.float64), pointer, errors)
+
+
+def _unit(vector: npt.NDArray[np.float64], pointer: str, errors: list[FieldError]) -> npt.NDArray[np.float32] | None:
+    """The vector at unit length. Neither an endless nor a zero-length one has a direction, so no neighbors."""
+    peak = float(np.abs(vector).max(initial=0.0))
+    if not math.isfinite(peak):
+        errors.append(FieldError(pointer, "holds a number that is not finite"))
+    elif peak == 0.0:
+        errors.append(FieldError(pointer, "has length 0, so no direction to find neighbors in"))
+    else:
+        scaled = vector / peak  # so that no square is too large or too small for a float
+        return (scaled / np.linalg.norm(scaled)).astype(np.float32)
+    return None
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int  # a bool is an int to Python, not to JSON
+
+
+def _expected(pointer: str, expected: str, value: Any) -> FieldError:
+    if value is None:
+        return FieldError(pointer, f"expected {expected}, got null")
+    shown = repr(value) if isinstance(value, str | int | float) else ""
+    shown = f" {shown}" if shown and len(shown) <= 60 else ""
+    return FieldError(pointer, f"expected {expected}, got {type_names[type(value)]}{shown}")
+
+
+def _escaped(name: str) -> str:
+    """A name as a part of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def moved(errors: Iterable[FieldError], prefix: str, pointer: str) -> list[FieldError]:
+    """Errors of a list of items, as those of the one item that was its only member: `/0/genres` -> `/item/genres`."""
+    return [FieldError(pointer + e.pointer.removeprefix(prefix), e.detail) for e in errors]

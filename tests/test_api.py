@@ -1,0 +1,476 @@
+"""What callers of the HTTP API can rely on. Everything behind it is real: models, Redis, the application."""
+
+import asyncio
+import base64
+import logging
+import math
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import orjson
+import pytest
+import serving
+from serving import DIM, ITEMS, JSON, TOY, Running, assert_problem, post
+
+from itemvec.version import ModelVersion
+
+pytestmark = pytest.mark.anyio
+
+
+# Embeddings
+
+
+async def test_embeddings_have_the_shape_that_openai_clients_read(toys: Running) -> None:
+    answer = await post(toys, "/v1/embeddings", {"input": [TOY, {"maker": "Nobel", "price": None, "weight": 3}]})
+    body = answer.json()
+    assert answer.status_code == 200
+    assert body["object"] == "list"
+    assert [(d["object"], d["index"]) for d in body["data"]] == [("embedding", 0), ("embedding", 1)]
+    assert body["model"] == "toys@1"
+    assert body["fingerprint"] == toys.models.champion().fingerprint
+    assert body["usage"] == {"prompt_tokens": 2, "total_tokens": 2}
+    assert "degraded" not in body
+    assert all(math.hypot(*d["embedding"]) == pytest.approx(1, abs=1e-6) for d in body["data"])
+    assert body["data"][0]["columns"] == {}
+    columns = body["data"][1]["columns"]
+    assert (columns["maker"], columns["price"], columns["weight"]) == ("oov", "missing", "ignored")
+
+
+async def test_http_and_the_model_version_give_the_same_vectors(toys: Running) -> None:
+    items = list(ITEMS.values())
+    wanted = ModelVersion.load(toys.registry.path("toys", 1)).encode(items).vectors
+    as_numbers = await post(toys, "/v1/embeddings", {"input": items})
+    got = np.array([d["embedding"] for d in as_numbers.json()["data"]], np.float32)
+    assert np.abs(got - wanted).max() <= 1e-6
+    as_base64 = await post(toys, "/v1/embeddings", {"input": items, "encoding_format": "base64"})
+    for row, data in zip(wanted, as_base64.json()["data"], strict=True):
+        assert np.abs(np.frombuffer(base64.b64decode(data["embedding"]), "<f4") - row).max() <= 1e-6
+
+
+async def test_a_stored_item_has_the_vector_that_an_embedding_of_it_has(toys: Running) -> None:
+    await toys.client.put("/v1/items/x", json=TOY)
+    stored = (await toys.client.get("/v1/items/x")).json()["embedding"]
+    embedding = (await post(toys, "/v1/embeddings", {"input": [TOY]})).json()["data"][0]["embedding"]
+    assert stored == pytest.approx(embedding, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "version"), [("toys", "toys@1"), ("toys@champion", "toys@1"), ("toys@2", "toys@2"), (None, "toys@1")]
+)
+async def test_a_request_may_name_a_version(toys: Running, model: str | None, version: str) -> None:
+    answer = await post(toys, "/v1/embeddings", {"input": [TOY], "model": model})
+    assert answer.json()["model"] == version
+    assert answer.json()["fingerprint"] == toys.registry.manifest("toys", int(version[-1])).fingerprint
+
+
+async def test_challenger_is_read_from_the_registry(toys: Running) -> None:
+    toys.registry.set_alias("toys", "challenger", 3)
+    answer = await post(toys, "/v1/embeddings", {"input": [TOY], "model": "toys@challenger"})
+    assert answer.json()["model"] == "toys@3"
+
+
+@pytest.mark.parametrize(
+    "model", ["nobody", "nobody@7", "toys@99", "toys@previous", "toys@²", "../toys@1", "@", "a@b@c"]
+)
+async def test_an_unknown_model_is_404(toys: Running, model: str) -> None:
+    assert_problem(await post(toys, "/v1/embeddings", {"input": [TOY], "model": model}), 404)
+
+
+async def test_dimensions_other_than_the_models_are_refused(toys: Running) -> None:
+    assert (await post(toys, "/v1/embeddings", {"input": [TOY], "dimensions": DIM})).status_code == 200
+    assert_problem(await post(toys, "/v1/embeddings", {"input": [TOY], "dimensions": 4}), 422, "/dimensions")
+
+
+# Bodies
+
+
+async def test_a_body_of_2_mb_is_served(toys: Running) -> None:
+    items = [{**TOY, "name": "word " * 100, "note": "x" * 1000} for _ in range(1300)]
+    body = orjson.dumps({"input": items})
+    assert len(body) > 2_000_000
+    assert (await post(toys, "/v1/embeddings", body)).status_code == 200
+
+
+async def test_a_body_beyond_the_limit_is_refused_by_its_announced_size_unread(toys: Running) -> None:
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 1
+        return {"type": "http.request", "body": b" " * 65_536, "more_body": True}
+
+    status, _ = await _raw_call(toys, receive, {b"content-length": str(64 << 20).encode()})
+    assert (status, read) == (413, 0)
+
+
+async def test_a_body_of_unknown_size_is_read_no_further_than_the_limit(toys: Running) -> None:
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 65_536
+        return {"type": "http.request", "body": b" " * 65_536, "more_body": True}
+
+    status, body = await _raw_call(toys, receive, {})
+    assert status == 413
+    assert str(8 << 20) in orjson.loads(body)["detail"]
+    assert read <= (8 << 20) + 65_536
+
+
+async def test_a_caller_that_leaves_is_not_answered(toys: Running) -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    assert await _raw_call(toys, receive, {}) == (None, b"")
+
+
+async def _raw_call(service: Running, receive: Any, headers: dict[bytes, bytes]) -> tuple[int | None, bytes]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path = "/v1/embeddings"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json"), *headers.items()]
+    await service.app(scope, receive, send)
+    if not sent:
+        return None, b""
+    return sent[0]["status"], sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}]
+)
+async def test_what_a_foreign_web_page_can_send_is_refused(toys: Running, headers: dict[str, str]) -> None:
+    content = orjson.dumps({"items": [{"id": "x", **TOY}]})
+    assert_problem(await toys.client.post("/v1/items", content=content, headers=headers), 415)
+
+
+async def test_the_media_type_may_have_parameters(toys: Running) -> None:
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    answer = await toys.client.post("/v1/embeddings", content=orjson.dumps({"input": [TOY]}), headers=headers)
+    assert answer.status_code == 200
+
+
+# Items
+
+IDS = [
+    "plain",
+    "with space",
+    "a/b/c",
+    "contract/check 1",
+    "%2F",
+    "ünï",
+    "🎲",
+    "a?b#c&d",
+    "..",
+    "{x}",
+    "new\nline",
+    "x" * 512,
+]
+
+
+@pytest.mark.parametrize("item_id", IDS)
+async def test_an_item_of_any_id_is_created_replaced_read_and_removed(toys: Running, item_id: str) -> None:
+    path = "/v1/items/" + quote(item_id, safe="").replace(".", "%2E")
+    sent = {**TOY, "shelf": "unknown to the schema, kept all the same"}
+    created = await toys.client.put(path, json=sent)
+    assert (created.status_code, created.json()["status"], created.json()["id"]) == (201, "created", item_id)
+    updated = await toys.client.put(path, json={**sent, "price": 7.0})
+    assert (updated.status_code, updated.json()["status"]) == (200, "updated")
+    got = (await toys.client.get(path)).json()
+    assert (got["id"], got["item"]) == (item_id, {**sent, "price": 7.0})
+    assert len(got["embedding"]) == DIM
+    assert (got["model"], got["fingerprint"]) == ("toys@1", toys.models.champion().fingerprint)
+    removed = await toys.client.delete(path)
+    assert (removed.status_code, removed.content) == (204, b"")
+    assert_problem(await toys.client.get(path), 404)
+    assert_problem(await toys.client.delete(path), 404)
+
+
+@pytest.mark.parametrize(
+    ("segment", "status"), [("x" * 513, 422), ("%F0%9F%8E%B2" * 129, 422), ("%ff", 400), ("", 404)]
+)
+async def test_an_id_that_cannot_be_is_refused(toys: Running, segment: str, status: int) -> None:
+    assert_problem(await toys.client.put(f"/v1/items/{segment}", json=TOY), status)
+
+
+async def test_an_item_may_repeat_its_id_but_not_name_another(toys: Running) -> None:
+    assert (await toys.client.put("/v1/items/x", json={**TOY, "id": "x"})).status_code == 201
+    assert "id" not in (await toys.client.get("/v1/items/x")).json()["item"]
+    assert_problem(await toys.client.put("/v1/items/x", json={**TOY, "id": "y"}), 422, "/id")
+
+
+async def test_a_wrong_item_is_not_stored(toys: Running) -> None:
+    assert_problem(await toys.client.put("/v1/items/x", json={**TOY, "tags": 7}), 422, "/tags")
+    assert_problem(await toys.client.get("/v1/items/x"), 404)
+
+
+async def test_an_item_nested_too_deeply_is_refused(toys: Running) -> None:
+    body = b'{"note": ' + b"[" * 600 + b"]" * 600 + b"}"
+    assert_problem(await toys.client.put("/v1/items/x", content=body, headers=JSON), 422, "")
+
+
+async def test_bulk_keeps_the_good_ones_and_tells_of_each(toys: Running) -> None:
+    await toys.client.put("/v1/items/old", json=TOY)
+    items = [
+        {"id": "new", **TOY},
+        {"id": "wrong", **TOY, "tags": 5},
+        {**TOY},
+        {"id": 7, **TOY},
+        {"id": "old", **TOY, "maker": "Nobel"},
+        "no item",
+        {"id": "twice", "price": 1},
+        {"id": "wrong too", "price": "much"},
+        {"id": "twice", "price": 2},
+    ]
+    body = (await post(toys, "/v1/items", {"items": items})).json()
+    assert [(e["id"], e["status"]) for e in body["items"]] == [
+        ("new", "created"), ("wrong", "refused"), (None, "refused"), (None, "refused"), ("old", "updated"),
+        (None, "refused"), ("twice", "refused"), ("wrong too", "refused"), ("twice", "created"),
+    ]  # fmt: skip
+    assert (body["created"], body["updated"], body["refused"], body["model"]) == (2, 1, 6, "toys@1")
+    pointers = [e["problem"]["errors"][0]["pointer"] for e in body["items"] if e["status"] == "refused"]
+    assert pointers == ["/items/1/tags", "/items/2/id", "/items/3/id", "/items/5", "/items/6/id", "/items/7/price"]
+    assert body["items"][4]["columns"] == {"maker": "oov"}
+    assert (await toys.client.get("/v1/items/twice")).json()["item"] == {"price": 2}
+    assert_problem(await toys.client.get("/v1/items/wrong"), 404)
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [({}, "/items"), ({"items": TOY}, "/items"), ({"items": []}, "/items"), ({"items": [TOY], "x": 1}, "/x")],
+)
+async def test_a_wrong_bulk_is_refused_as_a_whole(toys: Running, body: dict[str, Any], pointer: str) -> None:
+    assert_problem(await post(toys, "/v1/items", body), 422, pointer)
+
+
+async def test_items_belong_to_a_model_not_to_a_version(toys: Running) -> None:
+    assert (await toys.client.put("/v1/items/x?model=toys", json=TOY)).status_code == 201
+    assert_problem(await toys.client.put("/v1/items/x?model=toys@2", json=TOY), 422, "/model")
+    assert_problem(await toys.client.get("/v1/items/x?model=nobody"), 404)
+    assert_problem(await toys.client.get("/v1/items/x?model=%ff"), 400)
+
+
+# Similar
+
+
+async def test_neighbors_of_a_stored_item_are_the_others_best_first(toys: Running) -> None:
+    await toys.load()
+    body = (await post(toys, "/v1/similar", {"id": "toy 3"})).json()
+    vectors = dict(zip(ITEMS, toys.models.champion().encode(list(ITEMS.values())).vectors, strict=True))
+    wanted = sorted((float(v @ vectors["toy 3"]) for sku, v in vectors.items() if sku != "toy 3"), reverse=True)[:10]
+    assert [n["score"] for n in body["neighbors"]] == pytest.approx(wanted, abs=1e-5)
+    assert "toy 3" not in [n["id"] for n in body["neighbors"]]
+    assert (body["model"], body["fingerprint"]) == ("toys@1", toys.models.champion().fingerprint)
+
+
+async def test_an_item_its_vector_and_its_id_have_the_same_neighbors(toys: Running) -> None:
+    await toys.load()
+    answer = (await post(toys, "/v1/embeddings", {"input": [TOY], "encoding_format": "base64"})).json()
+    packed = answer["data"][0]["embedding"]
+    numbers = [3 * float(x) for x in np.frombuffer(base64.b64decode(packed), "<f4")]  # its length does not matter
+    huge = [1e300 * x for x in numbers]
+    queries = [{"item": TOY}, {"embedding": numbers}, {"embedding": huge}, {"embedding": packed}, {"id": "toy 3"}]
+    answers = [(await post(toys, "/v1/similar", {**q, "k": 5, "exclude": ["toy 3"]})).json() for q in queries]
+    first = [n["id"] for n in answers[0]["neighbors"]]
+    assert len(first) == 5
+    assert all([n["id"] for n in a["neighbors"]] == first for a in answers)
+
+
+async def test_an_item_is_searchable_at_once_and_nearest_to_itself(toys: Running) -> None:
+    await toys.load()
+    await toys.client.put("/v1/items/new%2Fone", json={**TOY, "price": 12.5, "name": "wooden top"})
+    body = (await post(toys, "/v1/similar", {"item": {**TOY, "price": 12.5, "name": "wooden top"}, "k": 1})).json()
+    assert [n["id"] for n in body["neighbors"]] == ["new/one"]
+    assert body["neighbors"][0]["score"] > 0.9999
+    assert body["columns"] == {}
+
+
+async def test_excluded_items_make_room_for_others(toys: Running) -> None:
+    await toys.load()
+    ten = [n["id"] for n in (await post(toys, "/v1/similar", {"id": "toy 3", "k": 10})).json()["neighbors"]]
+    rest = (await post(toys, "/v1/similar", {"id": "toy 3", "k": 5, "exclude": ten[:5]})).json()["neighbors"]
+    assert [n["id"] for n in rest] == ten[5:]
+
+
+async def test_there_are_no_more_neighbors_than_items(toys: Running) -> None:
+    await toys.client.put("/v1/items/a", json=TOY)
+    assert len((await post(toys, "/v1/similar", {"item": TOY, "k": 1000})).json()["neighbors"]) == 1
+    assert (await post(toys, "/v1/similar", {"id": "a", "k": 1})).json()["neighbors"] == []
+
+
+async def test_a_version_without_an_index_has_no_neighbors_and_says_so(toys: Running) -> None:
+    problem = assert_problem(await post(toys, "/v1/similar", {"item": TOY, "model": "toys@2"}), 409)
+    assert "searchable: toys@1" in problem["detail"]
+
+
+# Models
+
+
+async def test_models_tell_their_versions_aliases_schema_and_evaluation(toys: Running) -> None:
+    [model] = (await toys.client.get("/v1/models")).json()["data"]
+    assert (model["id"], model["model"], model["versions"]) == ("toys", "toys@1", [1, 2, 3])
+    assert model["aliases"] == {"champion": 1}
+    assert model["items"] == 0
+    one = (await toys.client.get("/v1/models/toys")).json()
+    assert set(one["item_schema"]["properties"]) == {"name", "maker", "tags", "price", "age", "added"}
+    assert one["evaluation"] == {"recall@10": 0.5}
+    version = (await toys.client.get("/v1/models/toys/versions/2")).json()
+    assert version["model"] == "toys@2"
+    assert version["manifest"]["lineage"]["config"] == {"seed": 2}
+    assert version["fingerprint"] == version["manifest"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "path", ["nobody", "..", "toys/versions/9", "toys/versions/x", "%2e%2e/versions/1", "toys/aliases/x"]
+)
+async def test_an_unknown_model_version_or_alias_is_404(toys: Running, path: str) -> None:
+    assert_problem(await toys.client.get(f"/v1/models/{quote(path, safe='/%')}"), 404)
+
+
+# The edge
+
+
+async def test_the_request_id_comes_back(toys: Running) -> None:
+    answer = await toys.client.get("/healthz", headers={"X-Request-ID": "abc-123"})
+    assert answer.headers.get_list("x-request-id") == ["abc-123"]
+
+
+@pytest.mark.parametrize("given", ["", "with space", "x" * 129, "tab\there"])
+async def test_a_request_id_that_could_harm_a_log_is_replaced(toys: Running, given: str) -> None:
+    made = (await toys.client.get("/healthz", headers={"X-Request-ID": given})).headers["x-request-id"]
+    assert made != given
+    assert len(made) == 24
+
+
+async def test_server_timing_tells_encode_store_and_total(toys: Running) -> None:
+    await toys.load()
+    timing = (await post(toys, "/v1/similar", {"item": TOY})).headers["server-timing"]
+    parts = dict(part.split(";dur=") for part in timing.split(", "))
+    assert set(parts) == {"queue", "encode", "store", "total"}
+    assert float(parts["encode"]) + float(parts["store"]) < float(parts["total"]) < 1000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/items/a/b", 404),
+        ("GET", "/v1/models/", 404),
+        ("PATCH", "/v1/items/a", 405),
+    ],
+)
+async def test_what_is_not_there_is_a_problem_too(toys: Running, method: str, path: str, status: int) -> None:
+    answer = await toys.client.request(method, path)
+    assert_problem(answer, status)
+    if status == 405:
+        assert answer.headers["allow"] == "DELETE, GET, HEAD, PUT"
+
+
+async def test_ready_tells_models_and_store(toys: Running) -> None:
+    answer = await toys.client.get("/readyz")
+    assert answer.status_code == 200
+    assert answer.json() == {"ready": True, "models": {"toys": "toys@1"}, "store": "ok"}
+
+
+async def test_head_is_get_without_the_body(toys: Running) -> None:
+    answer = await toys.client.head("/v1/models")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_a_failure_of_ours_tells_nothing_but_its_request_id(
+    toys: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("the secret of the house")
+
+    monkeypatch.setattr(toys.models, "get", broken)
+    with caplog.at_level(logging.ERROR, "itemvec.service"):
+        answer = await post(toys, "/v1/embeddings", {"input": [TOY]})
+    problem = assert_problem(answer, 500)
+    assert "secret" not in answer.text
+    assert problem["request_id"] in caplog.text
+    assert "the secret of the house" in caplog.text
+
+
+async def test_a_full_service_sends_callers_away_and_stays_alive(
+    tmp_path: Any, toy_registry: Any, empty_redis: str
+) -> None:
+    async with serving.running(toy_registry, empty_redis, max_in_flight=1) as service:
+        held = asyncio.Event()
+
+        async def slow() -> dict[str, Any]:
+            await held.wait()
+            return {"type": "http.request", "body": orjson.dumps({"input": [TOY]}), "more_body": False}
+
+        first = asyncio.create_task(_raw_call(service, slow, {}))
+        await asyncio.sleep(0)
+        answer = await post(service, "/v1/embeddings", {"input": [TOY]})
+        assert_problem(answer, 429)
+        assert answer.headers["retry-after"] == "1"
+        assert (await service.client.get("/healthz")).status_code == 200
+        held.set()
+        assert (await first)[0] == 200
+        assert (await post(service, "/v1/embeddings", {"input": [TOY]})).status_code == 200
+
+
+READER, ADMIN = "reader-key-0123456789", "admin-key-0123456789ab"
+
+
+async def test_keys_open_what_their_scopes_say(tmp_path: Any, toy_registry: Any, empty_redis: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{READER} read\n{ADMIN} read,write,admin\n")
+    async with serving.running(toy_registry, empty_redis, api_keys_file=keys) as service:
+
+        async def put(key: str | None) -> Any:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            return await service.client.put("/v1/items/x", json=TOY, headers=headers)
+
+        for key in (None, "wrong", READER + "x", ""):
+            answer = await put(key)
+            assert_problem(answer, 401)
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert_problem(await put(READER), 403)
+        assert (await put(ADMIN)).status_code == 201
+        assert (
+            await service.client.get("/v1/items/x", headers={"Authorization": f"bearer {READER}"})
+        ).status_code == 200
+        assert_problem(await service.client.get("/metrics"), 401)
+        for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
+            assert (await service.client.get(path)).status_code == 200
+        assert "key" in (await service.client.get("/openapi.json")).json()["components"]["securitySchemes"]
+
+
+async def test_metrics_count_requests_items_and_columns(toys: Running) -> None:
+    await post(toys, "/v1/embeddings", {"input": [TOY, {**TOY, "maker": "Nobel"}]})
+    text = (await toys.client.get("/metrics")).text
+    assert 'itemvec_requests_total{endpoint="/v1/embeddings",method="POST",status="200"} 1.0' in text
+    assert 'itemvec_items_encoded_total{model="toys@1"} 2.0' in text
+    assert 'itemvec_column_status_total{column="maker",model="toys@1",status="oov"} 1.0' in text
+
+
+# Without Redis
+
+
+async def test_without_redis_encoding_goes_on_and_the_store_says_when_to_return(
+    tmp_path: Any, toy_registry: Any
+) -> None:
+    nowhere = f"unix://{tmp_path}/none.sock"
+    async with serving.running(toy_registry, nowhere, searchable=False) as service:
+        for _ in range(6):  # the breaker opens
+            answer = await service.client.get("/v1/items/x")
+            assert_problem(answer, 503)
+            assert int(answer.headers["retry-after"]) >= 1
+        assert_problem(await service.client.put("/v1/items/x", json=TOY), 503)
+        assert_problem(await post(service, "/v1/items", {"items": [{"id": "x", **TOY}]}), 503)
+        assert_problem(await post(service, "/v1/similar", {"item": TOY}), 503)
+        assert_problem(await service.client.put("/v1/models/toys/aliases/champion", json={"version": 2}), 503)
+        body = (await post(service, "/v1/embeddings", {"input": [TOY]})).json()
+        assert body["degraded"] is True
+        assert len(body["data"][0]["embedding"]) == DIM
+        ready = await service.client.get("/readyz")
+        assert (ready.status_code, ready.json()["store"]) == (200, "unavailable")
+        assert (await service.client.get("/healthz")).status_code == 200

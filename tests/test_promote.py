@@ -1,0 +1,267 @@
+"""Switching versions: no write is lost, nothing is served before it is whole, and what fails leaves the champion."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import redis
+import serving
+from serving import ITEMS, JSON, TOY, Running, assert_problem, eventually, post
+
+from itemvec.version import ModelVersion
+from service.promote import Job, Promotions
+
+pytestmark = pytest.mark.anyio
+
+
+async def vectors_in_store(service: Running, version: int, ids: list[str]) -> list[Any]:
+    fingerprint = service.registry.manifest("toys", version).fingerprint
+    return await service.store.get_vectors("toys", fingerprint, ids)
+
+
+def of_version(service: Running, version: int, items: list[dict[str, Any]]) -> Any:
+    return ModelVersion.load(service.registry.path("toys", version)).encode(items).vectors
+
+
+async def test_a_promotion_encodes_every_item_and_then_switches(toys: Running) -> None:
+    await toys.load()
+    job = await toys.promote(2)
+    assert (job["state"], job["stage"], job["model"], job["refused"]) == ("succeeded", "done", "toys@2", 0)
+    assert job["progress"] == {"done": 40, "total": 40}
+    assert toys.registry.aliases("toys") == {"champion": 2, "previous": 1}
+    stored = np.array(await vectors_in_store(toys, 2, list(ITEMS)))
+    assert np.abs(stored - of_version(toys, 2, list(ITEMS.values()))).max() <= 1e-6
+    body = (await post(toys, "/v1/similar", {"id": "toy 3", "k": 39})).json()
+    assert body["model"] == "toys@2"
+    assert len(body["neighbors"]) == 39
+
+
+async def test_the_previous_version_stays_searchable_and_a_rollback_encodes_nothing(toys: Running) -> None:
+    await toys.load()
+    await toys.promote(2)
+    pinned = (await post(toys, "/v1/similar", {"id": "toy 3", "model": "toys@1"})).json()
+    assert (pinned["model"], len(pinned["neighbors"])) == ("toys@1", 10)
+    assert (await toys.client.put("/v1/items/new", json=TOY)).status_code == 201  # reaches both
+    job = await toys.promote(1)
+    assert (job["state"], job["progress"]) == ("succeeded", {"done": 0, "total": 0})
+    assert toys.registry.aliases("toys") == {"champion": 1, "previous": 2}
+    body = (await post(toys, "/v1/similar", {"item": TOY, "k": 2, "exclude": ["toy 3"]})).json()
+    assert body["model"] == "toys@1"
+    assert body["neighbors"][0]["id"] == "new"
+
+
+async def test_of_three_versions_the_oldest_is_dropped(tmp_path: Path, toy_registry: Path, empty_redis: str) -> None:
+    async with serving.running(serving.copied(toy_registry, tmp_path / "r"), empty_redis) as service:
+        promotions = Promotions(service.models, service.store, grace=0.0)
+        for version in (2, 3):
+            job = await promotions.promote("toys", version)
+            await eventually(lambda job=job: _ended(job))  # type: ignore[misc]
+        first, second, third = (service.registry.manifest("toys", n).fingerprint for n in (1, 2, 3))
+
+        async def dropped() -> bool:
+            return set(await service.store.live("toys")) == {second, third}
+
+        assert (await service.client.put("/v1/items/a", json=TOY)).status_code == 201  # it knows of all three
+        await eventually(dropped)
+        assert (await service.client.put("/v1/items/a", json=TOY)).status_code == 200
+        assert await service.store.ready("toys") == {second, third}
+        assert first not in await service.store.live("toys")
+        await promotions.stop()
+
+
+async def _ended(job: Job) -> bool:
+    return job.state != "running"
+
+
+async def test_items_put_replaced_and_removed_during_a_backfill_are_right_afterwards(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await toys.load()
+    scan, touched = toys.store.scan, list[str]()
+
+    async def scan_with_writes(name: str, batch: int = 500) -> Any:
+        async for items in scan(name, 10):
+            if not touched:  # between reading a batch and writing its vectors
+                first, second = items[0].id, items[1].id
+                await toys.client.put(f"/v1/items/{first}", json={**TOY, "price": 11.5})
+                await toys.client.delete(f"/v1/items/{second}")
+                await toys.client.put("/v1/items/new", json={**TOY, "price": 12.5})
+                touched.extend([first, second])
+            yield items
+
+    monkeypatch.setattr(toys.store, "scan", scan_with_writes)
+    job = await toys.promote(2)
+    assert job["state"] == "succeeded", job
+    replaced, removed = touched
+    wanted = of_version(toys, 2, [{**TOY, "price": 11.5}, {**TOY, "price": 12.5}])
+    got = await vectors_in_store(toys, 2, [replaced, "new", removed])
+    assert np.abs(np.array(got[:2]) - wanted).max() <= 1e-6
+    assert got[2] is None
+    assert len((await post(toys, "/v1/similar", {"item": TOY, "k": 100})).json()["neighbors"]) == 40
+
+
+async def test_searches_and_writes_go_on_through_a_switch(toys: Running) -> None:
+    await toys.load()
+    seen: set[str] = set()
+    stop = False
+
+    async def search() -> None:
+        while not stop:
+            answer = await post(toys, "/v1/similar", {"id": "toy 3", "k": 39})
+            assert answer.status_code == 200, answer.text
+            assert len(answer.json()["neighbors"]) >= 39
+            seen.add(answer.json()["model"])
+
+    async def write() -> None:
+        n = 0
+        while not stop:
+            answer = await toys.client.put(f"/v1/items/w{n}", json=TOY)
+            assert answer.status_code == 201, answer.text
+            n += 1
+
+    working = [asyncio.create_task(search()), asyncio.create_task(write())]
+    job = await toys.promote(2)
+    await asyncio.sleep(0.05)
+    stop = True
+    await asyncio.gather(*working)
+    assert job["state"] == "succeeded"
+    assert seen == {"toys@1", "toys@2"}
+    count = await toys.store.count("toys")
+    for version in (1, 2):
+        fingerprint = toys.registry.manifest("toys", version).fingerprint
+        assert (await toys.store.index_status("toys", fingerprint)).docs == count
+
+
+async def test_one_promotion_of_a_model_at_a_time(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    await toys.load()
+    go_on, scan = asyncio.Event(), toys.store.scan
+
+    async def slow_scan(name: str, batch: int = 500) -> Any:
+        async for items in scan(name, batch):
+            await go_on.wait()
+            yield items
+
+    monkeypatch.setattr(toys.store, "scan", slow_scan)
+    first = await toys.client.put("/v1/models/toys/aliases/champion", json={"version": 2})
+    job = first.json()["job"]
+    assert first.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert job["state"] == "running"
+    second = await toys.client.put("/v1/models/toys/aliases/champion", json={"version": 3})
+    assert job["id"] in assert_problem(second, 409)["detail"]
+    again = await toys.client.put("/v1/models/toys/aliases/champion", json={"version": 2})
+    assert (again.status_code, again.json()["job"]["id"]) == (202, job["id"])
+    # Another replica knows of it too.
+    elsewhere = Promotions(toys.models, toys.store)
+    assert (await elsewhere.job(job["id"])).state == "running"
+    go_on.set()
+    assert (await toys.finished(job["id"]))["state"] == "succeeded"
+    assert (await elsewhere.job(job["id"])).state == "succeeded"
+
+
+async def test_a_corrupt_version_is_refused_and_the_champion_stays(toys: Running) -> None:
+    await toys.load()
+    with (toys.registry.path("toys", 2) / "encoder.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\x00\x00\x80\x3f")
+    job = await toys.promote(2)
+    assert job["state"] == "failed"
+    assert "toys@2" in job["problem"]["detail"]
+    assert "encoder.safetensors" in job["problem"]["detail"]
+    assert toys.registry.aliases("toys") == {"champion": 1}
+    assert (await post(toys, "/v1/similar", {"id": "toy 3"})).json()["model"] == "toys@1"
+
+
+async def test_a_backfill_that_fails_leaves_nothing_behind(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    await toys.load()
+
+    async def broken(*_: object) -> int:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(toys.store, "add_vectors", broken)
+    job = await toys.promote(2)
+    assert (job["state"], job["problem"]["status"]) == ("failed", 500)
+    assert "luck" not in job["problem"]["detail"]
+    assert list((await toys.store.live("toys")).values()) == ["toys@1"]
+    monkeypatch.undo()
+    assert (await toys.promote(2))["state"] == "succeeded"
+
+
+async def test_items_that_the_new_version_refuses_are_told_and_the_rest_is_served(toys: Running) -> None:
+    await toys.load()
+    assert serving.publish(toys.registry, 4, price="nominal") == 4
+    await toys.client.put("/v1/items/free", json={"maker": "Ada"})
+    job = await toys.promote(4)
+    assert (job["state"], job["refused"], len(job["refusals"])) == ("succeeded", 40, 20)
+    assert job["refusals"][0]["pointer"] == "/price"
+    body = (await post(toys, "/v1/similar", {"item": {"maker": "Ada"}, "k": 5})).json()
+    assert (body["model"], [n["id"] for n in body["neighbors"]]) == ("toys@4", ["free"])
+    # What is put now suits the new version alone, and is taken all the same.
+    assert (await toys.client.put("/v1/items/priced", json={"price": "12"})).status_code == 201
+    assert (await toys.client.put("/v1/items/priced", json={"price": 12})).status_code == 422
+
+
+async def test_a_champion_named_by_other_means_is_made_ready_and_followed(toys: Running) -> None:
+    await toys.load()
+    toys.registry.promote("toys", 3)
+
+    async def served() -> bool:
+        answer = (await post(toys, "/v1/similar", {"id": "toy 3", "k": 39})).json()
+        assert len(answer["neighbors"]) == 39
+        return bool(answer["model"] == "toys@3")
+
+    await eventually(served)
+
+
+async def test_an_emptied_redis_is_made_ready_again(toys: Running, empty_redis: str) -> None:
+    await toys.load()
+    with redis.Redis.from_url(empty_redis) as client:
+        client.flushall()
+
+    async def taken() -> bool:
+        return (await toys.client.put("/v1/items/x", json=TOY)).status_code == 201
+
+    async def found() -> bool:
+        answer = await post(toys, "/v1/similar", {"item": TOY})
+        return answer.status_code == 200 and [n["id"] for n in answer.json()["neighbors"]] == ["x"]
+
+    await eventually(taken)
+    await eventually(found)
+
+
+async def test_a_restart_serves_what_the_store_is_complete_for(
+    tmp_path: Path, toy_registry: Path, empty_redis: str
+) -> None:
+    folder = serving.copied(toy_registry, tmp_path / "r")
+    async with serving.running(folder, empty_redis) as service:
+        await service.load()
+        service.registry.promote("toys", 2)  # nobody has encoded the items yet
+        async with serving.running(folder, empty_redis, registry_poll_seconds=3600.0) as restarted:
+            assert restarted.models.champion().ref in {"toys@1", "toys@2"}
+            body = (await post(restarted, "/v1/similar", {"id": "toy 3", "k": 39})).json()
+            assert len(body["neighbors"]) == 39
+
+
+@pytest.mark.parametrize("body", [{}, {"version": "2"}, {"version": True}, {"version": 0}, {"version": 10**20}])
+async def test_a_wrong_promotion_is_refused(toys: Running, body: dict[str, Any]) -> None:
+    path, content = "/v1/models/toys/aliases/champion", json.dumps(body).encode()
+    assert_problem(await toys.client.put(path, content=content, headers=JSON), 422, "/version")
+
+
+async def test_unknown_models_versions_and_jobs_are_404(toys: Running) -> None:
+    for path, version in (("toys", 9), ("nobody", 1), ("..", 1)):
+        answer = await toys.client.put(f"/v1/models/{path}/aliases/champion", json={"version": version})
+        assert_problem(answer, 404)
+    assert_problem(await toys.client.get("/v1/jobs/none"), 404)
+
+
+async def test_a_job_whose_replica_is_gone_has_failed(toys: Running) -> None:
+    job = Job("lost", "toys", 2, "request", started=1.0, heard=1.0)
+    await toys.store.save_job("lost", orjson.dumps(asdict(job)), 60.0)
+    shown = (await toys.client.get("/v1/jobs/lost")).json()
+    assert shown["state"] == "failed"
+    assert "gone" in shown["problem"]["detail"]
