@@ -304,6 +304,7 @@ class MultiColumn(BagColumn):
                 bag.add(row_of(label))
             elif label is not None:
                 notes.wrong(i, self.feature.name, f"a label ({dtype})", label, at)
+                break  # the item is refused anyway: one error a column bounds what a hostile body can make us say
         bag.discard(MISSING)
         return bag
 

@@ -95,7 +95,9 @@ def test_an_error_is_one_line_that_says_what_to_do(registry, words, said):
     where = ["--registry", registry.url] if words[0] in {"embed", "models"} else []
     done = run(*words, *where)
     assert done.exit_code != 0
-    assert said in (str(done.exception) if done.exception and not isinstance(done.exception, SystemExit) else done.output)
+    assert said in (
+        str(done.exception) if done.exception and not isinstance(done.exception, SystemExit) else done.output
+    )
 
 
 def test_the_process_prints_no_traceback_and_exits_with_1(tmp_path):

@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 from itemvec.schema import Feature, Multi, Nominal, Numeric, Ordinal, Text, Timestamp
+from service.api import Api
+from service.config import ServiceConfig
+from service.metrics import Metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
-KINDS = {"nominal": Nominal, "multi": Multi, "ordinal": Ordinal, "numeric": Numeric, "timestamp": Timestamp, "text": Text}
+KINDS = {
+    "nominal": Nominal,
+    "multi": Multi,
+    "ordinal": Ordinal,
+    "numeric": Numeric,
+    "timestamp": Timestamp,
+    "text": Text,
+}
 
 
 def table_of(file: str, heading: str) -> dict[str, str]:
@@ -37,3 +47,30 @@ def _shown(value):
 
 def test_settings_of_every_kind_are_documented():
     assert set(table_of("schema.md", "Settings of every kind")) == {"kind", *Feature.model_fields} - {"name"}
+
+
+def test_every_setting_of_the_service_is_documented_with_its_default():
+    documented = table_of("service.md", "Settings")
+    assert set(documented) == set(ServiceConfig.model_fields)
+    for name, field in ServiceConfig.model_fields.items():
+        if field.default_factory is None:
+            assert documented[name] == ("none" if field.default is None else str(field.default)), name
+
+
+def test_every_metric_is_documented_with_its_labels():
+    counted = {}
+    for family in Metrics()._registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        collector = Metrics()._registry._names_to_collectors[name]
+        counted[name] = ", ".join(collector._labelnames)
+    assert table_of("service.md", "Metrics") == counted
+
+
+def test_every_call_is_in_the_readme():
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    api = Api.__new__(Api)  # its table of operations needs none of its parts
+    api._with_keys = False
+    for operation in api.operations():
+        if operation.path != "/docs/{file}":
+            path = operation.path.replace("{version}", "{n}")
+            assert path in readme, operation.name

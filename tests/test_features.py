@@ -207,6 +207,12 @@ def test_every_wrong_type_of_every_item_is_named_by_its_json_pointer():
     assert "expected a number, got the string 'long'" in {e.detail for e in caught.value.errors}
 
 
+def test_of_a_set_of_wrong_labels_only_the_first_is_named():
+    with pytest.raises(InvalidItem) as caught:
+        TRANSFORM.transform([{"genres": ["Drama", *range(10_000)]}])
+    assert [e.pointer for e in caught.value.errors] == ["/0/genres/1"]
+
+
 def test_pointers_escape_as_rfc_6901_says():
     schema = FeatureSchema.from_yaml('name: a\nid: tt\nfeatures: {"a/b~c": {kind: numeric}}')
     transform = FeatureTransform.fit(pa.table({"tt": ["x"], "a/b~c": [1.0]}), schema)

@@ -1,0 +1,209 @@
+"""The settings of the service: `ServiceConfig`, from arguments, `ITEMVEC_*` variables and `REDIS_URL`.
+
+Whoever starts the service reads them once, with `ServiceConfig.read`, and hands them to every part of it.
+"""
+
+import ipaddress
+from pathlib import Path
+from typing import Any, Final, Self
+
+from pydantic import (
+    AliasChoices,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from itemvec.errors import ConfigError
+
+SCOPES: Final = frozenset({"read", "write", "admin"})
+MIN_KEY_LENGTH: Final = 16
+
+
+class ServiceConfig(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="ITEMVEC_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+    )
+
+    # Where it is reached
+
+    host: str = "127.0.0.1"
+    """Beyond this machine only with keys: whoever reaches the port may read and write every item."""
+
+    port: int = Field(default=8000, ge=1, le=65535)
+
+    api_keys_file: Path | None = None
+    """A line a key: the key, then what it may do, `s3cr3t-0123456789 read,write`. None: open, on loopback
+    alone. A file, because a process's environment is seen by more eyes."""
+
+    # What it serves
+
+    data_dir: Path = Path(".itemvec")
+    """The embedded Redis keeps its data here, so a restart loses nothing."""
+
+    registry: str = Field(default_factory=lambda settings: str(settings["data_dir"] / "registry"))
+    """A folder or an fsspec URL; by default `registry` in the data folder."""
+
+    model: str | None = None
+    """The model that a request means which names none; None: the only one in the registry."""
+
+    versions_kept: PositiveInt = 4
+    """Pinned versions that a replica holds besides the champion; one with 20,000 labels takes some 10 MB."""
+
+    registry_poll_seconds: PositiveFloat = 2.0
+    """A replica that missed a switch, since it was starting, is behind for this long at most."""
+
+    # The store
+
+    redis_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("redis_url", "ITEMVEC_REDIS_URL"),
+        repr=False,  # it may hold a password
+    )
+    """unix://PATH, redis:// or rediss://. None: an embedded server is started. Also read from REDIS_URL."""
+
+    redis_maxmemory: str | None = None
+    """Of the embedded server, as Redis writes it, "2gb". Beyond it writes are refused, nothing is dropped."""
+
+    store_timeout: PositiveFloat | None = None
+    """Seconds of one call in the path of a request; None: 0.15. Short,
+    since encoding goes on without the store and a caller would rather have that at once."""
+
+    bulk_timeout: PositiveFloat = 10.0
+    """Seconds of one call that moves many items."""
+
+    # What one request may ask for: each limit bounds the memory or time that one caller takes from others.
+
+    max_body_bytes: PositiveInt = 8 << 20
+    """Room for `max_items` items of 2 kB."""
+
+    max_items: PositiveInt = 4096
+    """A batch of this size takes some 20 ms; beyond 1,024 items a batch no longer gets cheaper an item."""
+
+    max_labels: PositiveInt = 4096
+    """Labels in one set. Real items have tens."""
+
+    max_string: PositiveInt = 65_536
+    """Characters in one value."""
+
+    max_k: PositiveInt = 1000
+    max_exclude: PositiveInt = 1000
+
+    max_in_flight: PositiveInt = 256
+    """Requests that one replica takes on at once; the next is answered 429. At 4,000/s a wait of 64 ms."""
+
+    # Its processes
+
+    replicas: PositiveInt = 1
+    """Processes that answer. More than cores gains nothing."""
+
+    torch_threads: PositiveInt = 1
+    """In a replica. The network is small: a second thread costs more in hand-over than it computes."""
+
+    replica_cpus: float = Field(default=1.0, ge=0)
+    """What Ray reserves for a replica on a cluster that others use too."""
+
+    ray_address: str | None = None
+    """A running Ray cluster to join, whose nodes have the environment that `deploy/` gives them. None: Ray
+    starts on this machine, and ends with the service."""
+
+    metrics_dir: Path | None = None
+    """Where the replicas of a node keep their counters, on that node; None: a new temporary folder."""
+
+    start_seconds: PositiveFloat = 120.0
+    """How long it may take until it is ready: a slow disk reads Python's packages for a minute at first."""
+
+    drain_seconds: float = Field(default=0.5, ge=0)
+    """A replica that is to end answers for this long after that was announced, so that no request meets a
+    closed port."""
+
+    stop_seconds: PositiveFloat = 5.0
+    """What requests in flight get to finish when the service is stopped."""
+
+    @classmethod
+    def read(cls, **given: Any) -> Self:
+        """Settings that are None in `given` come from the environment. Raises `ConfigError`, in one line."""
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            wrong = [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
+            raise ConfigError("; ".join(map(_told, wrong))) from None
+        except SettingsError as error:
+            raise ConfigError(str(error)) from None
+
+    @field_validator("data_dir", "api_keys_file", "metrics_dir")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        # Ray's processes have their own working folder.
+        return path.expanduser().absolute() if path is not None else None
+
+    @field_validator("registry")
+    @classmethod
+    def _absolute_folder(cls, registry: str) -> str:
+        return registry if "://" in registry else str(Path(registry).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        if self.api_keys_file is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is reached from other machines, and there are no keys: "
+                "name a file of keys (ITEMVEC_API_KEYS_FILE) or stay on 127.0.0.1"
+            )
+        if self.ray_address is not None and self.redis_url is None:
+            raise ValueError("on a Ray cluster every node needs the same Redis: set REDIS_URL")
+        self.read_keys()
+        return self
+
+    def read_keys(self) -> dict[str, frozenset[str]]:
+        """Key -> scopes; empty where everything is open. Raises ValueError if the file is no such file."""
+        if self.api_keys_file is None:
+            return {}
+        try:
+            lines = self.api_keys_file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the file of keys {self.api_keys_file} cannot be read: {error}") from None
+        keys = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            where = f"{self.api_keys_file}, line {number}"
+            key, _, scopes = line.strip().partition(" ")
+            keys[key] = frozenset(scope.strip() for scope in scopes.split(","))
+            # The key itself is never told: this ends in a log.
+            if len(key) < MIN_KEY_LENGTH:
+                raise ValueError(f"{where}: a key has at least {MIN_KEY_LENGTH} characters")
+            if not keys[key] <= SCOPES:
+                raise ValueError(f"{where}: after the key come its scopes, such as read,write or admin")
+        if not keys:
+            raise ValueError(f"the file of keys {self.api_keys_file} has none")
+        return keys
+
+
+def is_loopback(host: str) -> bool:
+    """
+    >>> [is_loopback(h) for h in ("localhost", "127.0.0.1", "::1", "0.0.0.0", "example.org")]
+    [True, True, True, False, False]
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _told(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    said = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {where!r}"
+    return f"{where}={error['input']!r}: {said}" if where else said

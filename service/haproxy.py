@@ -1,0 +1,94 @@
+"""Runs HAProxy for Ray Serve on one machine: it listens where the service does, and ends with it.
+
+Ray Serve writes HAProxy's configuration itself and leaves parts of it to no setting: two more ports open to
+every network, an admin socket that any user may write to, a bare 500 where no replica answers. `install`
+makes a program that Ray starts in its place: this very file, which corrects the configuration and becomes
+HAProxy.
+
+It runs by its path in an isolated interpreter, so it imports the standard library alone.
+"""
+
+import ctypes
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Final
+
+UNAVAILABLE: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\n"
+    b"Content-Type: application/problem+json\r\n"
+    b"Cache-Control: no-store\r\n"
+    b"Retry-After: 1\r\n"
+    b"Content-Length: %d\r\n\r\n%s"
+)
+NO_REPLICA: Final = (
+    b'{"type":"urn:itemvec:problem:no-replica","title":"No replica","status":503,'
+    b'"detail":"no replica of the service can answer now: try again"}'
+)
+
+DROPPED: Final = {"frontend prometheus", "listen stats"}
+"""Sections that open a port on every interface and that nothing of ours reads."""
+
+
+def corrected(config: str, unavailable: str) -> str:
+    """Ray's configuration without what no single machine should have; the file `unavailable` has an answer.
+
+    >>> print(corrected('''global
+    ...     log 127.0.0.1:514 local0 info
+    ...     stats socket /tmp/x/admin.sock mode 666 level admin
+    ... defaults
+    ...     errorfile 503 /tmp/x/500.http
+    ... listen stats
+    ...   bind *:8404
+    ... frontend http_frontend
+    ...     bind 127.0.0.1:8000''', "/tmp/x/503.http"))
+    global
+        stats socket /tmp/x/admin.sock mode 600 level admin
+    defaults
+        errorfile 503 /tmp/x/503.http
+    frontend http_frontend
+        bind 127.0.0.1:8000
+    """
+    kept, section = [], ""
+    for line in config.splitlines():
+        if line and not line[0].isspace():
+            section = " ".join(line.split())
+        words = line.split()
+        # Each request would otherwise be a datagram to whoever listens on the syslog port.
+        if section in DROPPED or words[:1] == ["log"] or words[:2] == ["option", "httplog"]:
+            continue
+        if words[:1] == ["errorfile"]:
+            kept.append(re.sub(r"\S+$", unavailable, line))
+        else:
+            kept.append(re.sub(r"^(\s+stats socket .*) mode 666 ", r"\1 mode 600 ", line))
+    return "\n".join(kept)
+
+
+def install(program: Path, haproxy: str) -> None:
+    """Writes the executable `program`, for Ray to start instead of the binary `haproxy`."""
+    command = shlex.join([sys.executable, "-I", "-S", str(Path(__file__).resolve()), haproxy])
+    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    program.chmod(0o700)
+
+
+def die_with_parent() -> None:
+    """Linux only: elsewhere HAProxy outlives a parent that was killed outright."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def main(haproxy: str, *arguments: str) -> None:
+    config = Path(arguments[arguments.index("-f") + 1])
+    unavailable = config.with_name("503.http")
+    unavailable.write_bytes(UNAVAILABLE % (len(NO_REPLICA), NO_REPLICA))
+    config.write_text(corrected(config.read_text(), str(unavailable)) + "\n")
+    die_with_parent()
+    os.execv(haproxy, [haproxy, *arguments])  # noqa: S606 the arguments are Ray's own
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

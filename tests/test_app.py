@@ -1,0 +1,149 @@
+"""The deployment on real Ray Serve. What the application answers is in test_api.py, which needs no Ray."""
+
+import os
+import signal
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import serving
+from realservice import RealService, eventually
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+TOTAL = 'itemvec_requests_total{endpoint="/v1/embeddings",method="POST",status="200"}'
+
+
+def embed(service: RealService, times: int) -> Counter[str]:
+    """Which version answered how often, over 8 connections at once."""
+
+    def some(count: int) -> list[str]:
+        with httpx.Client(base_url=service.client.base_url, timeout=10.0) as client:
+            answers = [client.post("/v1/embeddings", json={"input": [serving.TOY]}) for _ in range(count)]
+        assert {answer.status_code for answer in answers} == {200}
+        return [answer.json()["model"] for answer in answers]
+
+    with ThreadPoolExecutor(8) as pool:
+        return Counter(model for models in pool.map(some, [times // 8] * 8) for model in models)
+
+
+def listeners(pid: int) -> set[tuple[str, int]]:
+    """Address, as the kernel writes it, and port of each TCP socket on which the process listens."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = str(descriptor.readlink())
+        except FileNotFoundError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_an_answer_carries_the_request_id_once(real_service: RealService):
+    answer = real_service.client.get("/readyz", headers={"X-Request-ID": "abc-123"})
+    assert answer.headers.get_list("x-request-id") == ["abc-123"]
+
+
+def test_only_ports_that_ask_for_the_token_are_open_beyond_loopback(real_service: RealService):
+    replicas = real_service.replicas()
+    for pid, title in real_service.processes().items():
+        beyond = {port for address, port in listeners(pid) if address not in LOOPBACK}
+        # Serve gives no choice of the address of this one; it is for calls between deployments.
+        assert len(beyond) == (1 if pid in replicas else 0), title
+        for port in beyond:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(b"", timeout=5)
+                assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_metrics_are_the_exact_sum_over_replicas_and_survive_one(real_service: RealService):
+    before = real_service.metric(TOTAL)
+    assert embed(real_service, 400).total() == 400
+    assert {real_service.metric(TOTAL) for _ in range(10)} == {before + 400}  # whichever replica is asked
+
+    victim, *_ = replicas = real_service.replicas()
+    assert len(replicas) == 2
+    os.kill(victim, signal.SIGKILL)
+    # Never a partial sum: until the dead one is known to be dead, 503 is a right answer.
+    eventually(lambda: real_service.client.get("/metrics").status_code == 200)
+    assert real_service.metric(TOTAL) == before + 400
+    assert embed(real_service, 80).total() == 80  # by the other replica
+    eventually(lambda: len(real_service.replicas()) == 2, 60)
+    assert embed(real_service, 80).total() == 80
+    assert real_service.metric(TOTAL) == before + 560
+
+
+def test_a_promotion_reaches_every_replica_and_fails_no_request(real_service: RealService):
+    client = real_service.client
+    items = [{"id": sku, **item} for sku, item in serving.ITEMS.items()]
+    assert client.post("/v1/items", json={"items": items}).status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        meanwhile = pool.submit(embed, real_service, 800)
+        started = client.put("/v1/models/toys/aliases/champion", json={"version": 2})
+        assert started.status_code == 202, started.text
+        job = f"/v1/jobs/{started.json()['job']['id']}"
+        eventually(lambda: client.get(job).json()["state"] != "running")
+        assert client.get(job).json()["state"] == "succeeded", client.get(job).text
+        assert set(meanwhile.result()) <= {"toys@1", "toys@2"}
+    assert set(embed(real_service, 80)) == {"toys@2"}
+
+
+def test_ctrl_c_ends_every_process_and_loses_no_item(tmp_path: Path, toy_registry: Path):
+    with RealService(tmp_path, toy_registry) as service:
+        eventually(lambda: service.client.put("/v1/items/kept", json=serving.TOY).is_success)
+        service.signal_group(signal.SIGINT)  # make, the command and all its children at once
+        assert service.process.wait(15) == 0
+        eventually(lambda: not service.processes(), 5)
+        said = service.log.read_text()
+        assert "stopped" in said
+        assert "Traceback" not in said
+
+    with RealService(tmp_path, toy_registry) as again:
+        assert again.client.get("/v1/items/kept").json()["id"] == "kept"
+        redis, *_ = (pid for pid, title in again.processes().items() if "redis-server" in title)
+        os.kill(again.process.pid, signal.SIGKILL)
+        again.process.wait()
+        # The agents of a Ray node try for two minutes to tell someone that it died; they hold no port of ours.
+        eventually(lambda: {title.split()[0] for title in again.processes().values()} <= AGENTS, 20)
+        eventually(lambda: not Path(f"/proc/{redis}").exists())
+
+
+AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+
+
+def test_a_service_without_a_model_says_so_in_one_line(tmp_path: Path):
+    with pytest.raises(AssertionError) as failed:
+        RealService(tmp_path, tmp_path / "registry")
+    told = [line for line in str(failed.value).splitlines() if "has no champion to serve" in line]
+    assert len(told) == 1
+    assert "Traceback" not in str(failed.value)
+
+
+def test_when_ray_crashes_the_service_ends_and_says_so(tmp_path: Path, toy_registry: Path):
+    with RealService(tmp_path, toy_registry) as service:
+        raylet, *_ = (pid for pid, title in service.processes().items() if "raylet/raylet" in title)
+        os.kill(raylet, signal.SIGKILL)
+        assert service.process.wait(15) == 1  # so that whoever watches over it starts it again
+        assert "Ray has crashed" in service.log.read_text()
+        eventually(lambda: not service.processes(), 5)

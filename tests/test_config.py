@@ -1,0 +1,82 @@
+import pytest
+
+from itemvec.errors import ConfigError
+from service.config import ServiceConfig
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch, tmp_path):
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_registry_is_in_the_data_folder_unless_named(tmp_path):
+    assert ServiceConfig.read().registry == str(tmp_path / ".itemvec" / "registry")
+    assert ServiceConfig.read(data_dir="data").registry == str(tmp_path / "data" / "registry")
+    assert ServiceConfig.read(data_dir="data", registry="models").registry == str(tmp_path / "models")
+    assert ServiceConfig.read(registry="s3://bucket/models").registry == "s3://bucket/models"
+
+
+def test_arguments_win_over_the_environment_and_none_is_not_given(monkeypatch):
+    monkeypatch.setenv("ITEMVEC_PORT", "9000")
+    assert ServiceConfig.read(port=None).port == 9000
+    assert ServiceConfig.read(port=9001).port == 9001
+
+
+def test_redis_url_is_read_and_its_password_is_not_shown(monkeypatch):
+    monkeypatch.setenv("REDIS_URL", "redis://:secret@redis.example/0")
+    config = ServiceConfig.read()
+    assert config.redis_url == "redis://:secret@redis.example/0"
+    assert "secret" not in repr(config)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "example.org", "::"])  # noqa: S104
+def test_without_keys_other_machines_are_kept_out(host):
+    with pytest.raises(ConfigError, match=rf"host {host} .*ITEMVEC_API_KEYS_FILE"):
+        ServiceConfig.read(host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
+def test_loopback_needs_no_keys(host):
+    assert ServiceConfig.read(host=host).read_keys() == {}
+
+
+def test_keys_come_with_their_scopes(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\n0123456789abcdef read\nfedcba9876543210 read,write, admin\n")
+    assert ServiceConfig.read(host="192.0.2.1", api_keys_file=file).read_keys() == {
+        "0123456789abcdef": {"read"},
+        "fedcba9876543210": {"read", "write", "admin"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("short read", "line 1: a key has at least 16"),
+        ("0123456789abcdef", "line 1: after the key come its scopes"),
+        ("0123456789abcdef reed", "line 1: after the key come its scopes"),
+        ("# none\n", "has none"),
+    ],
+)
+def test_a_wrong_file_of_keys_is_told_without_the_key(tmp_path, content, told):
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=told) as caught:
+        ServiceConfig.read(api_keys_file=file)
+    assert "0123456789abcdef" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"prot": 80}, "there is no setting 'prot'"),
+        ({"port": 0}, "port=0: Input should be greater than or equal to 1"),
+        ({"api_keys_file": "nowhere"}, "nowhere cannot be read"),
+        ({"ray_address": "auto"}, "set REDIS_URL"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line(given, told):
+    with pytest.raises(ConfigError, match=told) as caught:
+        ServiceConfig.read(**given)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,100 @@
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from itemvec.errors import ConfigError
+from service import haproxy
+from service.config import ServiceConfig
+from service.runtime import check_port, serve_environment, stop_signals
+
+
+def test_a_port_in_use_is_told_with_the_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1, port {port}: .*; choose another with --port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)  # free again, without waiting for old connections to time out
+
+
+def test_a_host_of_another_machine_is_told():
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):  # reserved for documentation, so never ours
+        check_port("192.0.2.1", 8000)
+
+
+def test_the_environment_names_no_path_outside_the_private_folder(tmp_path):
+    environment = serve_environment(ServiceConfig.read(), tmp_path, 12345)
+    assert all(path.startswith(str(tmp_path)) for path in environment.values() if path.startswith("/"))
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert "PROMETHEUS_MULTIPROC_DIR" not in environment  # it would break Ray's own metrics
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_block_once_and_not_its_cleaning_up(number):
+    before = signal.getsignal(number)
+    cleaned = False
+
+    def work():
+        nonlocal cleaned
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            cleaned = True
+
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        work()
+    assert cleaned
+    assert signal.getsignal(number) == before
+
+
+def test_the_program_in_haproxys_place_corrects_the_file_and_becomes_haproxy(tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("listen stats\n  bind *:8404\nfrontend http_frontend\n    bind 127.0.0.1:8000\n")
+    program = tmp_path / "here"
+    haproxy.install(program, "/bin/echo")
+    assert stat.S_IMODE(program.stat().st_mode) == 0o700
+    done = subprocess.run([program, "-db", "-f", config], check=True, capture_output=True, text=True)
+    assert done.stdout == f"-db -f {config}\n"
+    assert config.read_text() == "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_the_program_in_haproxys_place_dies_with_its_parent(tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("global\n")
+    program = tmp_path / "here"
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    sleeper.chmod(0o700)
+    haproxy.install(program, str(sleeper))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run([{str(program)!r}, '-f', {str(config)!r}])"]
+    )
+    pid = tmp_path / "pid"
+    _wait(lambda: pid.exists() and pid.read_text().strip())
+    parent.kill()
+    parent.wait()
+    _wait(lambda: not _runs(int(pid.read_text())))
+
+
+def _wait(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
