@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "making $(VENV) with $$($$found --version)"; rm -rf $(VENV); $$found -m venv $(VENV) || exit 1; \
 	fi
 	@echo "installing into $(VENV) (about 2 GB the first time, a few minutes) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --progress-bar off \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input $$(test -t 1 || echo --quiet) \
 		$(PIP_ARGS) --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 

@@ -1,5 +1,6 @@
 """`itemvec demo`: the main job, end to end, on the film table in `examples/`; nothing that a user could not type."""
 
+import os
 import subprocess
 import sys
 import time
@@ -91,11 +92,12 @@ def _load(client: Client, table: Path) -> None:
 
 
 def _show_neighbors(client: Client) -> None:
-    grid = Table("film", "nearest films by their embeddings", title="\nSimilar films", title_justify="left", box=None)
+    grid = Table("film", "nearest films by their embeddings", box=None, pad_edge=False)
     for film, title in FILMS.items():
         answer = client.call("POST", "/v1/similar", {"id": film, "k": 5, "model": MODEL})
         near = [_described(client.item(n["id"], MODEL)) for n in answer["neighbors"]]
         grid.add_row(title, "; ".join(near))
+    click.echo()
     console().print(grid)
 
 
@@ -104,8 +106,9 @@ def _described(film: dict[str, object]) -> str:
 
 
 def _hints(url: str) -> str:
+    command = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).name == "itemvec" else "python -m itemvec"
     return f"""\
-  itemvec similar tt0133093 --url {url}
+  {command} similar tt0133093 --url {url}
   curl -s {url}/v1/similar -d '{{"id": "tt0133093", "k": 5}}' -H 'content-type: application/json'
   curl -s {url}/v1/embeddings -d '{{"input": [{{"genres": ["Sci-Fi"], "release_year": 1999}}]}}' \
 -H 'content-type: application/json'

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import redis
 import serving
-from realservice import RealService
+from realservice import RealService, eventually
 
 from itemvec.registry import Registry
 from service.redis_server import EmbeddedRedis
@@ -56,9 +56,9 @@ async def toys(
 def real_service(tmp_path_factory: pytest.TempPathFactory, toy_registry: Path) -> Iterator[RealService]:
     """`itemvec serve` with two replicas on a Ray of its own, one for all tests."""
     folder = tmp_path_factory.mktemp("service")
-    service = RealService(folder, serving.copied(toy_registry, folder / "registry"), replicas=2)
-    yield service
-    service.stop()
+    with RealService(folder, serving.copied(toy_registry, folder / "registry"), replicas=2) as service:
+        eventually(lambda: len(service.replicas()) == 2, 60)
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,13 @@ class RealService:
         return found
 
     def replicas(self) -> list[int]:
-        return [pid for pid, title in self.processes().items() if title.startswith("ray::ServeReplica")]
+        """Those that have started; the title of one that is starting ends with what it is doing."""
+        titles = self.processes().items()
+        return [
+            pid
+            for pid, title in titles
+            if title.startswith("ray::ServeReplica") and not title.endswith("initialize_and_get_metadata")
+        ]
 
     def metric(self, series: str) -> float:
         answer = self.client.get("/metrics")

@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from itemvec.schema import Feature, Multi, Nominal, Numeric, Ordinal, Text, Timestamp
 from service.api import Api
 from service.config import ServiceConfig
 from service.metrics import Metrics
+from training.config import TrainConfig
+from training.retrain import GateConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 KINDS = {
@@ -74,3 +77,17 @@ def test_every_call_is_in_the_readme():
         if operation.path != "/docs/{file}":
             path = operation.path.replace("{version}", "{n}")
             assert path in readme, operation.name
+
+
+def settings(model, prefix=""):
+    """Name -> default, with dots for groups."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _shown(field.default)
+
+
+@pytest.mark.parametrize(("heading", "model"), [("Settings", TrainConfig), ("Retraining", GateConfig)])
+def test_every_setting_of_training_is_documented_with_its_default(heading, model):
+    assert table_of("training.md", heading) == dict(settings(model))

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from test_version import ITEMS, make
 
 from itemvec.errors import ConfigError, ModelNotFound, RegistryError, VersionCorrupt, VersionNotFound
 from itemvec.registry import Registry
-from test_version import ITEMS, make
 
 
 def write(folder, version):

@@ -1,0 +1,159 @@
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from films import SCHEMA, table
+from rich.console import Console
+
+from itemvec.cli import cli
+from itemvec.encoder import EncoderConfig
+from itemvec.errors import ConfigError, ItemvecError
+from itemvec.registry import Registry
+from training.config import TrainConfig
+from training.progress import Display
+from training.run import Job, locked, train
+
+SMALL = ["--set", "encoder.hidden=[16]", "--set", "encoder.decoder_hidden=[16]", "--dim", "8", "--epochs", "3"]
+
+
+def films(folder: Path, rows: int = 240) -> list[str]:
+    """The arguments TABLE --schema SCHEMA --registry DIR of a table in `folder`."""
+    pq.write_table(table(rows), folder / "films.parquet")
+    SCHEMA.save(folder / "films.yaml")
+    return [
+        str(folder / "films.parquet"),
+        "--schema",
+        str(folder / "films.yaml"),
+        "--registry",
+        str(folder / "registry"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def published(ray_cluster, tmp_path_factory):
+    """What `itemvec train` printed, and the folder it worked in."""
+    folder = tmp_path_factory.mktemp("train")
+    done = CliRunner().invoke(cli, ["train", *films(folder), *SMALL])
+    assert done.exit_code == 0, done.output
+    return done.output, folder
+
+
+@pytest.mark.slow
+def test_train_publishes_a_first_champion_that_loads(published):
+    output, folder = published
+    registry = Registry(folder / "registry")
+    assert registry.aliases("films") == {"champion": 1}
+    model = registry.load("films")  # verifies every file and replays the golden rows
+    assert "published films@1 (champion)" in output
+    assert model.dim == 8 and model.manifest.lineage.table_rows == 240
+    assert model.manifest.lineage.config["epochs"] == 3
+    assert not list((folder / "runs").iterdir()), "what a finished run kept is gone"
+
+
+@pytest.mark.slow
+def test_the_terminal_shows_epochs_columns_and_what_is_left(published):
+    output, _ = published
+    assert all(f"epoch  {n} of 3" in output for n in (1, 2, 3))
+    assert "s left" in output and "items/s" in output and "genres" in output
+
+
+@pytest.mark.slow
+def test_a_version_carries_its_evaluation_and_its_loss_curves(published):
+    _, folder = published
+    version = folder / "registry/films/versions/1"
+    evaluation = json.loads((version / "evaluation.json").read_text())
+    assert set(evaluation) == {
+        "rows", "columns", "retrieval", "out_of_vocabulary", "space", "training", "seconds",
+    }  # fmt: skip
+    assert set(evaluation["columns"]) == {f.name for f in SCHEMA.features}
+    assert len(evaluation["training"]["history"]) == evaluation["training"]["epochs"] <= 3
+    assert {"read", "encode", "workers", "loop", "evaluate"} <= set(evaluation["seconds"])
+    assert (version / "plots/losses.png").read_bytes().startswith(b"\x89PNG")
+    assert "plots/losses.png" in Registry(folder / "registry").load("films").manifest.files
+
+
+@pytest.mark.slow
+def test_training_s_own_vectors_are_those_that_the_version_encodes(ray_cluster, tmp_path):
+    arguments = films(tmp_path)
+    config = TrainConfig(encoder=EncoderConfig(dim=8, hidden=(16,), decoder_hidden=(16,)), epochs=2)
+    job = Job(arguments[0], SCHEMA, Registry(tmp_path / "registry"), tmp_path / "runs", config)
+    with Display(Console(quiet=True)) as display:
+        trained = train(job, display)
+        batch = trained.data.transform.transform_table(trained.table)
+        version = trained.publish("champion")
+    items = [{k: v for k, v in row.items() if k != "id"} for row in table().to_pylist()]
+    items = [{**item, "released": item["released"] and item["released"].isoformat()} for item in items]
+    served = job.registry.load(f"films@{version}").encode(items).vectors
+    assert np.abs(trained.encoder.encode(batch) - served).max() <= 1e-6
+
+
+@pytest.mark.slow
+def test_a_second_training_is_the_challenger(published, ray_cluster, tmp_path):
+    folder = published[1]
+    arguments = [
+        str(folder / "films.parquet"),
+        "--schema",
+        str(folder / "films.yaml"),
+        "--registry",
+        str(tmp_path / "r"),
+    ]
+    registry = Registry(tmp_path / "r")
+    registry.publish("films", lambda draft, version: _copied(folder / "registry/films/versions/1", draft), "champion")
+    done = CliRunner().invoke(cli, ["train", *arguments, *SMALL, "--seed", "7"])
+    assert done.exit_code == 0, done.output
+    assert registry.aliases("films") == {"champion": 1, "challenger": 2}
+    assert registry.manifest("films", 2).lineage.parent == 1
+
+
+def _copied(source: Path, draft: Path) -> None:
+    import shutil
+
+    shutil.copytree(source, draft, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "epoch=3"], "epoch: no such setting"),
+        (["--set", "encoder.dimm=3"], "encoder.dimm: no such setting"),
+        (["--set", "optimizer.clip=-1"], "optimizer.clip: Input should be greater than 0"),
+        (["--config", "nowhere.yaml"], "no config file at nowhere.yaml"),
+        (["--set", "reconstruct.weight=0", "--set", "contrast.weight=0"], "there is nothing to learn"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(tmp_path, arguments, said):
+    done = CliRunner().invoke(cli, ["train", *films(tmp_path), *arguments])
+    assert isinstance(done.exception, ConfigError) and said in str(done.exception)
+    assert "\n" not in str(done.exception)
+
+
+def test_a_table_that_does_not_fit_ends_before_ray_is_started(tmp_path):
+    arguments = films(tmp_path)
+    pq.write_table(table().drop_columns(["genres"]), tmp_path / "films.parquet")
+    began = time.monotonic()
+    done = CliRunner().invoke(cli, ["train", *arguments])
+    assert isinstance(done.exception, ItemvecError) and "genres" in str(done.exception)
+    assert time.monotonic() - began < 5
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 5\nseed: 3\nencoder: {dim: 12}\n")
+    config = TrainConfig.load(tmp_path / "c.yaml", {"epochs": 9, "encoder.hidden": [8]}, {"patience": 2})
+    assert (config.epochs, config.seed, config.encoder.dim, config.encoder.hidden) == (9, 3, 12, (8,))
+    assert config.patience == TrainConfig().patience, "a file stands in place of the champion's settings"
+    assert TrainConfig.load(None, {"epochs": 9}, {"patience": 2}).patience == 2
+
+
+def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
+    import os
+
+    with locked(tmp_path / "lock", "films is being trained"):
+        said = f"films is being trained .process {os.getpid()}"
+        with pytest.raises(ItemvecError, match=said), locked(tmp_path / "lock", "films is being trained"):
+            pass
+    with locked(tmp_path / "lock", "films is being trained"):
+        pass
