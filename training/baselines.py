@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+import torch
 
 Floats = npt.NDArray[np.float32]
 
@@ -48,11 +49,11 @@ def principal_coordinates(products: Floats, dim: int, seed: int = 0) -> Floats:
     dim = min(dim, n - 1)
     row_mean = products.mean(0, keepdims=True)
     centred = products - row_mean - row_mean.T + products.mean()
-    start = np.random.default_rng(seed).standard_normal((n, min(n, dim + 10))).astype(np.float32)
-    basis = start
+    # By torch: numpy's own threads cannot be told how many to be, and stall each other where a core is taken.
+    matrix = torch.from_numpy(centred)
+    basis = torch.randn(n, min(n, dim + 10), generator=torch.Generator().manual_seed(seed))
     for _ in range(4):
-        basis = np.linalg.qr(centred @ basis)[0]
-    values, vectors = np.linalg.eigh(basis.T @ centred @ basis)
-    largest = np.argsort(-values)[:dim]
-    coordinates: Floats = (basis @ vectors[:, largest] * np.sqrt(np.maximum(values[largest], 0))).astype(np.float32)
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)  # smallest first
+    coordinates: Floats = (basis @ vectors * values.clamp(min=0).sqrt()).flip(1)[:, :dim].numpy()
     return coordinates

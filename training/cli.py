@@ -1,10 +1,12 @@
 """The commands `itemvec train` and `itemvec retrain`."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import yaml
 
 from itemvec.cli import registry_option
@@ -79,6 +81,7 @@ def train(
     from training.run import Job, alias_of_new
     from training.run import train as run_train
 
+    _leave_a_core()
     schema = FeatureSchema.load(schema_file)
     if name is not None:
         schema = FeatureSchema.from_yaml(schema.model_copy(update={"name": name}).to_yaml(), "--name")
@@ -134,6 +137,7 @@ def retrain(
     from training.retrain import GateConfig, job_like_champion
     from training.retrain import retrain as run_retrain
 
+    _leave_a_core()
     schema = FeatureSchema.load(schema_file) if schema_file else None
     store = Registry(registry)
     job = job_like_champion(table, store, _runs(runs, registry), name, schema, _config(options), _cluster(options))
@@ -144,6 +148,11 @@ def retrain(
         else:
             with Client(url, key) as service:
                 run_retrain(job, limits, display, service, force)
+
+
+def _leave_a_core() -> None:
+    """A thread that waits for one whose core is taken stops them all, so arithmetic uses half of the cores."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 def _config(options: dict[str, Any]) -> Callable[[dict[str, Any]], TrainConfig]:
