@@ -26,12 +26,12 @@ FILMS = {
     "tt0068646": "The Godfather",
     "tt0114709": "Toy Story",
     "tt0076759": "Star Wars",
-    "tt0073195": "Jaws",
     "tt0034583": "Casablanca",
     "tt0078748": "Alien",
     "tt0058150": "Goldfinger",
-    "tt0095016": "Die Hard",
     "tt0241527": "Harry Potter and the Philosopher's Stone",
+    "tt0468569": "The Dark Knight",
+    "tt0110912": "Pulp Fiction",
 }
 """Films that most people know, for the sample queries."""
 

@@ -36,11 +36,11 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_phase()
+        self.end_phase()
         self._bar.stop()
 
     def say(self, phase: str, text: str) -> None:
-        self._end_phase()
+        self.end_phase()
         self._phase = phase
         self._bar.update(self._task, visible=False)
         self.line(f"[bold]{text}[/]")
@@ -89,7 +89,7 @@ class Display:
         self.timings["workers"] = self.timings.get("workers", 0.0) + round(start, 2)
         self._phase, self._since = "loop", self._since + start
 
-    def _end_phase(self) -> None:
+    def end_phase(self) -> None:
         now = time.monotonic()
         if self._phase:
             self.timings[self._phase] = round(self.timings.get(self._phase, 0.0) + now - self._since, 2)

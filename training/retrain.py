@@ -26,7 +26,7 @@ from training.config import ClusterConfig, TrainConfig
 from training.data import TRAIN, EncodedTable, Marginals
 from training.evaluate import Judged, measured_rows, read_back, retrieve, searched_rows, space, truth_of
 from training.progress import Display
-from training.run import Job, Trained, locked, train
+from training.run import Job, Trained, locked, one_thread, train
 
 Tolerance = Annotated[float, Field(ge=0)]
 LeastShare = Annotated[float, Field(ge=0, le=1)]
@@ -155,7 +155,7 @@ def compare(trained: Trained, champion: ModelVersion, gate: GateConfig) -> list[
     theirs, ours = _judged_champion(trained, champion), trained.evaluation
     fold = trained.data.fold
     measured = torch.from_numpy(measured_rows(fold))
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         truth = truth_of(trained.data.layout, trained.data.table)
         retrieval, _ = retrieve(theirs, searched_rows(fold), len(measured), truth, baselines=False)
         columns, spread = read_back(theirs, measured), space(theirs, measured)

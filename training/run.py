@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from threadpoolctl import threadpool_limits
 
 import itemvec
 from itemvec.encoder import Decoder, ItemEncoder
@@ -129,12 +130,13 @@ def train(job: Job, display: Display) -> Trained:
         encoder, decoder = best_of(state, job.config, data)
         centre(encoder, data)
         history = json.loads(state["history"])
-        evaluation = evaluate(judged(data, encoder, decoder), data.fold)
+        with one_thread():
+            evaluation = evaluate(judged(data, encoder, decoder), data.fold)
         evaluation["training"] = {
             "best_epoch": state["best_epoch"], "epochs": len(history), "history": history,
             "parameters": sum(p.numel() for module in (encoder, decoder) for p in module.parameters()),
         }  # fmt: skip
-        display.say("publish", "")
+        display.end_phase()
         evaluation["seconds"] = dict(display.timings)
         return Trained(job, data, table, digest, encoder, decoder, evaluation, folder, history)
 
@@ -163,6 +165,19 @@ def centre(encoder: ItemEncoder, data: Prepared) -> None:
     for part in torch.split(items, ENCODED_AT_ONCE):
         total += encoder.uncentred(*data.table.clean(part)).double().sum(0)
     encoder.mean.copy_(total / len(items))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """What is measured is small, and threads of numpy and torch that wait for each other make it many times slower on a
+    machine that has other work."""
+    before = torch.get_num_threads()
+    with threadpool_limits(limits=1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def alias_of_new(job: Job, promote: bool) -> str:
