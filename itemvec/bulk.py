@@ -8,9 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from itemvec.check import absent
+from itemvec.check import require_columns
 from itemvec.client import Client
-from itemvec.errors import SchemaMismatch
 from itemvec.table import rows
 
 TOLD = 20
@@ -38,14 +37,13 @@ def load_items(
     connections: int = 2,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Loaded:
-    """`model` is what `GET /v1/models/{name}` answers. Raises SchemaMismatch where the id column is not in the table.
+    """`model` is what `GET /v1/models/{name}` answers. Raises SchemaMismatch for columns the table lacks.
 
     Two connections: while the service encodes one batch, the next is on its way.
     """
     schema = model["item_schema"]
     id_column = schema["x-itemvec-id"]
-    if id_column not in table.column_names:
-        raise SchemaMismatch("the table", [f"{id_column}: {absent(id_column, table.column_names)}"])
+    require_columns(table, [id_column, *schema["properties"]])
     names = table.column_names if all_columns else [c for c in table.column_names if c in schema["properties"]]
     batches = rows(table, id_column, [c for c in names if c != id_column], batch_size)
     done = Loaded()

@@ -32,6 +32,13 @@ def check_table(table: pa.Table, schema: FeatureSchema) -> list[Finding]:
     return findings
 
 
+def require_columns(table: pa.Table, names: Sequence[str]) -> None:
+    """Raises SchemaMismatch for columns that the table lacks, with what it has."""
+    lacking = [f"{name}: {absent(name, table.column_names)}" for name in names if name not in table.column_names]
+    if lacking:
+        raise SchemaMismatch("the table", lacking)
+
+
 def require_fit(table: pa.Table, schema: FeatureSchema, source: str = "the table") -> None:
     """Raises SchemaMismatch with every error that `check_table` finds."""
     errors = [f"{f.column}: {f.text}" for f in check_table(table, schema) if f.level == "error"]
@@ -44,7 +51,7 @@ Said = Iterator[tuple[Literal["ok", "warning", "error"], str]]
 
 def absent(name: str, present: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, present, n=1)
-    guess = f", did you mean {close[0]!r}?" if close else ""
+    guess = f", did you mean {close[0]!r}?" if close else "."
     return f"the table has no such column{guess} It has {', '.join(present)}"
 
 
@@ -138,7 +145,7 @@ def _check_ordinal(column: pa.ChunkedArray, feature: Ordinal) -> Said:
 
 
 def _check_numeric(column: pa.ChunkedArray, feature: Numeric) -> Said:
-    values = column.cast(pa.float64()).drop_null()
+    values = column.cast(pa.float64(), safe=False).drop_null()
     infinite = pc.sum(pc.is_inf(values)).as_py() or 0
     if infinite:
         yield "error", f"{infinite} values are infinite"
@@ -154,6 +161,8 @@ def _check_numeric(column: pa.ChunkedArray, feature: Numeric) -> Said:
 
 
 def _check_timestamp(column: pa.ChunkedArray, feature: Timestamp) -> Said:
+    if pa.types.is_floating(column.type):
+        yield from _check_numeric(column, Numeric(name=feature.name))
     if not _is_text(column.type):
         return
     unread = []

@@ -5,6 +5,7 @@ So the arrows of the packages hold (`training -> itemvec <- service`), a small i
 """
 
 import json
+import os
 import sys
 import time
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +15,7 @@ from urllib.parse import quote
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -105,6 +107,12 @@ def main() -> None:
     except ItemvecError as error:
         print(f"itemvec: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_status", 1))
+    except Exception as error:
+        if os.environ.get("ITEMVEC_TRACEBACK"):
+            raise
+        said = " ".join(str(error).split())[:500] or "no reason given"
+        print(f"itemvec: {type(error).__name__}: {said} (ITEMVEC_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)
 
 
 @cli.group()
@@ -155,7 +163,7 @@ def check(table: str, schema_file: Path) -> None:
     colors = {"ok": "green", "warning": "yellow", "error": "red"}
     grid = Table("column", "", "finding", box=None, pad_edge=False)
     for finding in findings:
-        grid.add_row(finding.column, f"[{colors[finding.level]}]{finding.level}[/]", finding.text)
+        grid.add_row(escape(finding.column), f"[{colors[finding.level]}]{finding.level}[/]", escape(finding.text))
     console().print(grid)
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
@@ -178,7 +186,11 @@ def list_models(registry: str) -> None:
     for name in store.names():
         aliases = store.aliases(name)
         for version in reversed(store.versions(name)):
-            manifest = store.manifest(name, version)
+            try:
+                manifest = store.manifest(name, version)
+            except ItemvecError as error:
+                grid.add_row(f"{name}@{version}", escape(str(error)))
+                continue
             alias = ", ".join(a for a, v in aliases.items() if v == version)
             created = manifest.created.strftime("%Y-%m-%d %H:%M")
             grid.add_row(
@@ -279,6 +291,7 @@ def embed(items: tuple[str, ...], table_url: str | None, ref: str | None, regist
     \b
       itemvec embed '{"title": "A new film", "genres": ["Sci-Fi"], "release_year": 1999}'
     """
+    from itemvec.check import require_columns
     from itemvec.registry import Registry
     from itemvec.table import read_table, rows
 
@@ -288,6 +301,7 @@ def embed(items: tuple[str, ...], table_url: str | None, ref: str | None, regist
     model = store.load(ref or only_model(store.names(), registry))
     if table_url is not None:
         table, schema = read_table(table_url), model.schema
+        require_columns(table, [schema.id, *(f.name for f in schema.features)])
         for ids, batch in rows(table, schema.id, [f.name for f in schema.features]):
             _print_embeddings(model.encode(batch), ids)
         return
@@ -313,7 +327,7 @@ def similar(item: str, k: int, name: str | None, label: str | None, url: str, ke
         grid = Table("score", "id", label or "", box=None, pad_edge=False)
         for neighbor in answer["neighbors"]:
             shown = client.item(neighbor["id"], model["id"]).get(label, "") if label else ""
-            grid.add_row(f"{neighbor['score']:.3f}", neighbor["id"], str(shown))
+            grid.add_row(f"{neighbor['score']:.3f}", escape(neighbor["id"]), escape(str(shown)))
     console().print(grid)
     click.echo(f"{answer['model']}, fingerprint {answer['fingerprint']}")
 
@@ -328,14 +342,14 @@ def served_model(client: Any, name: str | None) -> dict[str, Any]:
 def only_model(names: list[str], where: str) -> str:
     if len(names) != 1:
         there = f"has {', '.join(names)}" if names else "has none yet: itemvec train"
-        raise click.UsageError(f"which model? {where} {there}" + ("; name one with --model" if names else ""))
+        raise click.ClickException(f"which model? {where} {there}" + ("; name one with --model" if names else ""))
     return names[0]
 
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
         item = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{text[:60]!r} is not JSON: {error}", param_hint="ITEM") from None
     if not isinstance(item, dict):
         raise click.BadParameter(f"{text[:60]!r} is not a JSON object of columns", param_hint="ITEM")

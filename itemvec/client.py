@@ -54,19 +54,21 @@ class Client:
             answer = response.json() if response.content else {}
         except ValueError:
             raise ServiceUnreachable(self.url, f"{response.status_code}, and not JSON") from None
+        if not isinstance(answer, dict):
+            raise ServiceUnreachable(self.url, "what answers there is no itemvec service")
         if response.is_error:
             raise ServiceProblem(f"{method} {path}", response.status_code, answer)
-        return dict(answer)
+        return answer
 
     def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         try:
             return self._http.request(method, path, json=body) if body is not None else self._http.request(method, path)
-        except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from None
 
     def item(self, item_id: str, model: str) -> dict[str, Any]:
         """The columns of a stored item."""
-        columns: dict[str, Any] = self.call("GET", f"/v1/items/{quote(item_id, safe='')}?model={quote(model)}")["item"]
+        columns: dict[str, Any] = self.call("GET", f"/v1/items/{_segment(item_id)}?model={quote(model)}")["item"]
         return columns
 
     def switch(self, name: str, version: int, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
@@ -80,6 +82,11 @@ class Client:
         progress(job)
         if job["state"] != "succeeded":
             raise ServiceProblem(f"switch to {name}@{version}", 500, job.get("problem") or {})
+
+
+def _segment(item_id: str) -> str:
+    """An id as one segment of a path; a dot is encoded too, since `..` would be taken for a step up."""
+    return quote(item_id, safe="").replace(".", "%2E")
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from itemvec.check import absent, flat_labels, require_fit, undictionaried
+from itemvec.check import flat_labels, require_columns, require_fit, undictionaried
 from itemvec.errors import FieldError, InvalidItem, SchemaMismatch, VersionCorrupt
 from itemvec.schema import Feature, FeatureSchema, Label, Multi, Nominal, Numeric, Ordinal, Text, Timestamp
 from itemvec.values import PYTHON_TYPES, canonical, unix_seconds
@@ -477,7 +477,7 @@ class NumericColumn(DenseColumn):
 
     @classmethod
     def fit(cls, feature: Numeric, column: pa.ChunkedArray) -> "NumericColumn":
-        values = column.cast(pa.float64()).drop_null().to_numpy()
+        values = column.cast(pa.float64(), safe=False).drop_null().to_numpy()  # beyond 2^53 rounded
         values = values[~np.isnan(values)]
         knots: list[float] = []
         if feature.scale == "quantile":
@@ -521,7 +521,7 @@ class TimestampColumn(DenseColumn):
     @classmethod
     def fit(cls, feature: Timestamp, column: pa.ChunkedArray) -> "TimestampColumn":
         read = (unix_seconds(value) for value in column.drop_null().to_pylist())
-        seconds = np.array([s for s in read if s is not None])
+        seconds = np.array([s for s in read if s is not None and s == s])
         high = float(seconds.max())
         years = (high - seconds) / YEAR
         return cls(feature, float(seconds.min()), high, float(years.mean()), float(years.std()) or 1.0)
@@ -613,13 +613,7 @@ class FeatureTransform:
 
     def transform_table(self, table: pa.Table) -> Batch:
         """The same numbers for a whole table, chunk by chunk. Raises SchemaMismatch (absent column, wrong type)."""
-        lacking = [
-            f"{f.name}: {absent(f.name, table.column_names)}"
-            for f in self.schema.features
-            if f.name not in table.column_names
-        ]
-        if lacking:
-            raise SchemaMismatch("the table", lacking)
+        require_columns(table, [f.name for f in self.schema.features])
         batches = []
         for start in range(0, max(len(table), 1), CHUNK):
             chunk = table.slice(start, CHUNK)

@@ -1,5 +1,6 @@
 """A first schema for a table, with the reason for each choice: a person reads it, and edits what they know better."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as at
 import yaml
+from pydantic import ValidationError
 
+from itemvec.check import undictionaried
 from itemvec.errors import TableError
 from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal, Numeric, Text, Timestamp
 from itemvec.values import unix_seconds
@@ -32,24 +35,32 @@ class Inferred:
 
     def to_yaml(self) -> str:
         """The schema with a reason behind each column; settings that are defaults are not written."""
-        lines = [f"name: {self.schema.name}", f"id: {self.schema.id}  # {self.id_reason}", "features:"]
+        lines = [f"name: {_yaml(self.schema.name)}", f"id: {_yaml(self.schema.id)}  # {self.id_reason}", "features:"]
         for choice in self.choices:
             if choice.feature is not None:
                 lines.append(f"  {_yaml(choice.column)}: {_flow(choice.feature)}  # {choice.reason}")
         left_out = [c for c in self.choices if c.feature is None]
         if left_out:
-            lines += ["", "# Left out:", *(f"#   {c.column}: {c.reason}" for c in left_out)]
+            lines += ["", "# Left out:", *(f"#   {_yaml(c.column)}: {c.reason}" for c in left_out)]
         return "\n".join(lines) + "\n"
 
 
 def infer_schema(table: pa.Table, name: str, id_column: str | None = None) -> Inferred:
     """Raises TableError where no column can be the id or none can be learned from."""
+    if table.num_rows == 0:
+        raise TableError(f"the table has no rows; its columns are {', '.join(table.column_names) or 'none'}")
     id_column, id_reason = _choose_id(table, id_column)
-    choices = [_choose(column, table.column(column)) for column in table.column_names if column != id_column]
+    others = [column for column in table.column_names if column != id_column]
+    choices = [_choose(column, undictionaried(table.column(column))) for column in others]
     features = tuple(c.feature for c in choices if c.feature is not None)
     if not features:
         raise TableError("no column can be learned from: " + "; ".join(f"{c.column}: {c.reason}" for c in choices))
-    return Inferred(FeatureSchema(name=name, id=id_column, features=features), id_reason, choices)
+    try:
+        schema = FeatureSchema(name=name, id=id_column, features=features)
+    except ValidationError:
+        known = "up to 64 of a-z, 0-9, _, . and -"
+        raise TableError(f"{name!r} cannot be a model's name ({known}); give one with --name") from None
+    return Inferred(schema, id_reason, choices)
 
 
 def _choose_id(table: pa.Table, wanted: str | None) -> tuple[str, str]:
@@ -60,7 +71,7 @@ def _choose_id(table: pa.Table, wanted: str | None) -> tuple[str, str]:
     named = [c for c in table.column_names if c.lower() in ("id", "item_id", "itemid") or c.lower().endswith("_id")]
     for column in [*named, *(c for c in table.column_names if c not in named)]:
         values = table.column(column)
-        is_label = _is_text(values.type) or at.is_integer(values.type)
+        is_label = column and (_is_text(values.type) or at.is_integer(values.type))
         if len(values) and is_label and values.null_count == 0 and pc.count_distinct(values).as_py() == len(values):
             return column, f"{len(values)} values, all there and all different"
     raise TableError(
@@ -69,12 +80,16 @@ def _choose_id(table: pa.Table, wanted: str | None) -> tuple[str, str]:
 
 
 def _choose(name: str, column: pa.ChunkedArray) -> Choice:
-    kind = column.type.value_type if at.is_dictionary(column.type) else column.type
+    kind = column.type
     present = column.drop_null()
+    if not name or len(name) > 200:
+        return Choice(name, None, "a column needs a name, of 200 characters at most")
     if len(present) == 0:
         return Choice(name, None, "every value is missing")
     if at.is_list(kind) or at.is_large_list(kind) or at.is_fixed_size_list(kind):
         return _choose_list(name, kind, present)
+    if at.is_nested(kind) or at.is_binary(kind) or at.is_large_binary(kind):
+        return Choice(name, None, f"no kind reads {kind}")
     distinct = pc.count_distinct(present).as_py()
     if distinct == 1:
         return Choice(name, None, "one value only: it tells no two items apart")
@@ -110,7 +125,9 @@ def _choose_list(name: str, kind: pa.DataType, present: pa.ChunkedArray) -> Choi
 
 
 def _choose_number(name: str, kind: pa.DataType, present: pa.ChunkedArray, distinct: int, gaps: str) -> Choice:
-    values = present.cast(pa.float64())
+    values = present.cast(pa.float64(), safe=False)
+    if pc.any(pc.is_inf(values)).as_py():
+        return Choice(name, None, "some values are infinite")
     extent = pc.min_max(values)
     low, high = extent["min"].as_py(), extent["max"].as_py()
     if at.is_integer(kind) and name.lower().endswith(("_id", "_code", "_key")):
@@ -169,5 +186,8 @@ def _flow(feature: AnyFeature) -> str:
 
 
 def _yaml(value: Any) -> str:
+    """On one line; JSON's strings are YAML's double-quoted ones."""
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value)
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
     return text.removesuffix("\n").removesuffix("...").strip()

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from itemvec.errors import ModelNotFound, RegistryError, VersionNotFound
 from itemvec.roots import open_root
-from itemvec.version import Manifest, ModelVersion, read_manifest
+from itemvec.version import MANIFEST, Manifest, ModelVersion, parse_manifest, read_manifest
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
 _ALIASES_FILE = "aliases.json"
-_REF = re.compile(r"(?P<name>[a-z0-9][a-z0-9_.-]{0,63})(?:@(?P<which>[a-z0-9]+))?")
+_Aliases = TypeAdapter(dict[str, int])
+_REF = re.compile(r"(?P<name>[a-z0-9][a-z0-9_.-]{0,63})(?:@(?P<which>[a-z]+|[0-9]{1,9}))?")
 
 
 class Registry:
@@ -47,10 +50,9 @@ class Registry:
     def aliases(self, name: str) -> dict[str, int]:
         content = self._root.read(name, _ALIASES_FILE)
         try:
-            aliases: dict[str, int] = json.loads(content) if content is not None else {}
-        except ValueError as error:
-            raise RegistryError(f"cannot read {self.url}/{name}/{_ALIASES_FILE}: {error}") from None
-        return aliases
+            return _Aliases.validate_json(content) if content is not None else {}
+        except ValueError:
+            raise RegistryError(f"{self.url}/{name}/{_ALIASES_FILE} is not alias names with versions") from None
 
     def resolve(self, ref: str) -> tuple[str, int]:
         """(name, version). Raises ModelNotFound, VersionNotFound."""
@@ -71,7 +73,10 @@ class Registry:
         return self._root.fetch(name, version)
 
     def manifest(self, name: str, version: int) -> Manifest:
-        return read_manifest(self.path(name, version))
+        if version not in (versions := self.versions(name)):
+            raise VersionNotFound(name, version, versions)
+        content = self._root.read(name, f"versions/{version}/{MANIFEST}")
+        return parse_manifest(content or b"", f"{name}@{version}")
 
     def load(self, ref: str, device: str = "cpu") -> ModelVersion:
         """Raises ModelNotFound, VersionNotFound, VersionCorrupt."""

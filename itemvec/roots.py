@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -19,8 +20,8 @@ from typing import Any
 import fsspec
 
 from itemvec.errors import ConfigError, RegistryError
+from itemvec.version import MANIFEST
 
-MANIFEST = "manifest.json"
 _NUMBER = re.compile(r"(?:\.claim-)?(\d+)")
 
 
@@ -109,6 +110,8 @@ class FolderRoot(Root):
     def replace(self, name: str, file: str, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=self.root / name, prefix=f".{file}-", delete=False) as new:
             new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
         Path(new.name).chmod(0o644)
         Path(new.name).replace(self.root / name / file)
 
@@ -174,7 +177,10 @@ class RemoteRoot(Root):
             local = folder / file
             if not (local.is_file() and _sha256(local) == entry["sha256"]):
                 local.parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(str(source / file), str(local))
+                # Another process may fetch the same file now: each writes its own and renames.
+                part = local.with_name(f".{local.name}-{os.getpid()}")
+                self.fs.get_file(str(source / file), str(part))
+                part.replace(local)
         (folder / MANIFEST).write_bytes(manifest)
         return folder
 

@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from itemvec.errors import SchemaError
+from itemvec.values import canonical
 
 Label = str | int | bool
 Dtype = Literal["string", "integer", "boolean"]
@@ -105,7 +106,7 @@ class Ordinal(Feature):
     @field_validator("order")
     @classmethod
     def _labels_are_distinct(cls, order: tuple[Label, ...]) -> tuple[Label, ...]:
-        if len({(type(x), x) for x in order}) < len(order):
+        if len({(type(x), canonical(x)) for x in order}) < len(order):
             raise ValueError("the order names a label twice")
         return order
 

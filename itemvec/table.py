@@ -7,11 +7,15 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
 from itemvec.errors import TableError
+
+JSON_BLOCK = 64 << 20
+"""Bytes that are parsed at once; a longer line is refused."""
 
 FORMATS = {
     ".parquet": "Parquet",
@@ -32,19 +36,37 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
                 present = parquet.schema_arrow.names
                 return parquet.read([c for c in columns if c in present] if columns is not None else None)
             if form == "CSV":
-                delimiter = "\t" if PurePosixPath(url).suffix == ".tsv" else ","
-                table = pa.csv.read_csv(
-                    file,
-                    parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                    convert_options=pa.csv.ConvertOptions(
-                        strings_can_be_null=True, null_values=["", "null", "NULL", "NaN", "NA"]
-                    ),
-                )
+                table = _read_csv(file, "\t" if PurePosixPath(url).suffix.lower() == ".tsv" else ",")
             else:
-                table = pa.json.read_json(file)
-    except pa.ArrowInvalid as error:
+                table = pa.json.read_json(file, pa.json.ReadOptions(block_size=JSON_BLOCK))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise TableError(f"{url} is not {form} that can be read: {' '.join(str(error).split())}") from None
     return table.select([c for c in columns if c in table.column_names]) if columns is not None else table
+
+
+def _read_csv(file: IO[bytes], delimiter: str) -> pa.Table:
+    """Types are inferred, except that numbers written with leading zeros (`007`) are text, being codes or ids. Only
+    an empty field is missing: `NA` may be Namibia."""
+
+    def read(**types: Any) -> pa.Table:
+        file.seek(0)
+        return pa.csv.read_csv(
+            file,
+            parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], **types),
+        )
+
+    table = read()
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise pa.ArrowInvalid(f"columns named twice: {', '.join(twice)}")
+    whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+    if whole:
+        text = read(include_columns=whole, column_types=dict.fromkeys(whole, pa.string()))
+        codes = [name for name in whole if pc.any(pc.match_substring_regex(text[name], r"^[+-]?0\d")).as_py()]
+        if codes:
+            return read(column_types=dict.fromkeys(codes, pa.string()))
+    return table
 
 
 def rows(
@@ -52,12 +74,19 @@ def rows(
 ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     """Ids and items of `table` in batches, with the values that an HTTP caller would send for them as JSON.
 
-    Missing values are left out, times are ISO 8601, decimals are floats.
+    Missing values are left out, times are ISO 8601, decimals are floats. Raises TableError for an id that is none.
     """
     kept = [c for c in columns if c in table.column_names]
+    kind, blank = table.schema.field(id_column).type, table.column(id_column).null_count
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)) or blank:
+        why = f"{blank} rows have none" if blank else f"the column is {kind}"
+        raise TableError(f"the id column {id_column!r} must be text or whole numbers on every row: {why}")
     for batch in table.select([id_column, *kept]).to_batches(max_chunksize=batch_size):
         ids = [str(i) for i in batch.column(id_column).to_pylist()]
         values = [_as_json(batch.column(c)) for c in kept]
+        if not kept:
+            yield ids, [{} for _ in ids]
+            continue
         yield (
             ids,
             [{c: v for c, v in zip(kept, row, strict=True) if v is not None} for row in zip(*values, strict=True)],

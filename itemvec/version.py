@@ -36,6 +36,9 @@ from itemvec.features import FeatureTransform, Status
 from itemvec.schema import FeatureSchema, ModelName
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+"""Written last: a folder without it is no version."""
+
 GOLDEN_TOLERANCE = 1e-5
 """Largest difference of a number in a golden vector: processors differ in its 7th digit, models in its 1st."""
 
@@ -161,7 +164,7 @@ class ModelVersion:
         _write_golden(folder / "golden.parquet", golden, self.encode([item for _, item in golden]).vectors)
         files = {str(p.relative_to(folder).as_posix()): _entry(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         manifest = self.manifest.model_copy(update={"files": files})
-        (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         return ModelVersion(manifest, self.transform, self.encoder, self.decoder, self.evaluation)
 
     @classmethod
@@ -214,13 +217,18 @@ def fingerprint(transform: FeatureTransform, encoder: ItemEncoder) -> str:
 
 def read_manifest(folder: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        raise VersionCorrupt(str(folder), "it has no manifest.json") from None
-    except (OSError, ValidationError) as error:
-        raise VersionCorrupt(
-            str(folder), f"its manifest.json cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from None
+        return parse_manifest((folder / MANIFEST).read_bytes(), str(folder))
+    except OSError as error:
+        raise VersionCorrupt(str(folder), f"it has no {MANIFEST} ({error.strerror})") from None
+
+
+def parse_manifest(content: bytes, ref: str) -> Manifest:
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise VersionCorrupt(ref, f"its {MANIFEST} cannot be read: {where} {first['msg']}") from None
 
 
 def _verify_files(folder: Path, manifest: Manifest, ref: str) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 import click
 from rich.console import Console
 
-from itemvec.cli import registry_option
-
 DATA_DIR = click.option(
     "--data-dir", type=click.Path(file_okay=False, path_type=Path),
     help="Where the embedded Redis keeps its data.  [env: ITEMVEC_DATA_DIR; default: .itemvec]",
@@ -22,7 +20,10 @@ PORT = click.option(
 @click.option("--host", help="Address to listen on.  [env: ITEMVEC_HOST; default: 127.0.0.1]")
 @PORT
 @DATA_DIR
-@registry_option
+@click.option(
+    "--registry", metavar="DIR",
+    help="Where model versions are published.  [env: ITEMVEC_REGISTRY; default: registry/ in the data folder]",
+)  # fmt: skip
 @click.option(
     "--model", help="Model that a request means which names none.  [env: ITEMVEC_MODEL; default: the only one]"
 )

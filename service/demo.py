@@ -1,13 +1,16 @@
 """`itemvec demo`: the main job, end to end, on the film table in `examples/`; nothing that a user could not type."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import itemvec
@@ -73,15 +76,23 @@ def _train(config: ServiceConfig, table: Path, retrain: bool) -> None:
         click.echo(f"using {name}@{version} of {config.registry} (--retrain trains anew)")
         return
     command = ["train", str(table), "--schema", str(_example("movies.schema.yaml")), "--registry", config.registry]
-    done = subprocess.run([sys.executable, "-m", "itemvec", *command, "--promote"], check=False)  # noqa: S603
-    if done.returncode != 0:
-        raise ItemvecError(f"training failed (exit status {done.returncode}); its reason is above")
+    training = subprocess.Popen([sys.executable, "-m", "itemvec", *command, "--promote"])  # noqa: S603
+    try:
+        status = training.wait()
+    except KeyboardInterrupt:  # Ray needs a few seconds to end its processes
+        with suppress(subprocess.TimeoutExpired):
+            training.send_signal(signal.SIGINT)
+            training.wait(20)
+        training.kill()
+        raise
+    if status != 0:
+        raise ItemvecError(f"training failed (exit status {status}); its reason is above")
 
 
 def _load(client: Client, table: Path) -> None:
     model = client.call("GET", f"/v1/models/{MODEL}")
     films = read_table(str(table))
-    if model["items"] >= len(films):
+    if (model["items"] or 0) >= len(films):
         click.echo(f"{model['items']} items are in the store already")
         return
     began = time.monotonic()
@@ -96,7 +107,7 @@ def _show_neighbors(client: Client) -> None:
     for film, title in FILMS.items():
         answer = client.call("POST", "/v1/similar", {"id": film, "k": 5, "model": MODEL})
         near = [_described(client.item(n["id"], MODEL)) for n in answer["neighbors"]]
-        grid.add_row(title, "; ".join(near))
+        grid.add_row(title, escape("; ".join(near)))
     click.echo()
     console().print(grid)
 

@@ -30,6 +30,7 @@ def findings(column, kind, **more):
         (pa.array([float("nan")] * 2), "numeric", {}, "every value is missing"),
         (pa.array([-1.0, 1.0]), "numeric", {"scale": "log"}, "the smallest is -1"),
         (pa.array(["2001-01-01", "soon"]), "timestamp", {}, "1 values are not ISO 8601 times: 'soon'"),
+        (pa.array([0.0, float("inf")]), "timestamp", {}, "1 values are infinite"),
         (pa.array([datetime.time(1), datetime.time(2)]), "timestamp", {}, "wants dates, times"),
         (pa.array([1, 2]), "text", {}, "wants text"),
         (pa.array(["", " "]), "text", {}, "every text is empty"),
@@ -92,6 +93,10 @@ def test_an_absent_column_is_answered_with_what_the_table_has():
     with pytest.raises(SchemaMismatch) as caught:
         require_fit(pa.table({"id": ["a"], "genre": [["x"]]}), schema, "films.csv")
     assert "did you mean 'genre'? It has id, genre" in str(caught.value) and "key" in str(caught.value)
+
+
+def test_whole_numbers_too_large_for_a_float_are_no_reason_to_refuse():
+    assert findings(pa.array([10**17 + 1, 2]), "numeric")[0][0] == "ok"
 
 
 def test_an_empty_table_is_refused():

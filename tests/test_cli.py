@@ -107,6 +107,32 @@ def test_the_process_prints_no_traceback_and_exits_with_1(tmp_path):
     assert done.stderr == "itemvec: no table at none.csv\n"
 
 
+def test_an_error_that_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    def fail():
+        raise OSError("disk\nfull")
+
+    monkeypatch.setattr(itemvec.cli, "cli", fail)
+    with pytest.raises(SystemExit):
+        itemvec.cli.main()
+    assert capsys.readouterr().err == "itemvec: OSError: disk full (ITEMVEC_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("ITEMVEC_TRACEBACK", "1")
+    with pytest.raises(OSError, match="disk"):
+        itemvec.cli.main()
+
+
+def test_brackets_in_a_table_are_no_markup(tmp_path):
+    (tmp_path / "t.csv").write_text("id,[/b] x\n1,[/x]\n2,[/x]\n")
+    (tmp_path / "s.yaml").write_text("name: t\nid: id\nfeatures: {'[/b] x': {kind: nominal}}")
+    done = run("schema", "check", tmp_path / "t.csv", tmp_path / "s.yaml")
+    assert "[/b] x" in done.stdout and "[/x]" in done.stdout
+
+
+def test_embedding_a_table_that_lacks_a_column_says_which(registry, tmp_path):
+    (tmp_path / "t.csv").write_text("id,colour\na,r\n")
+    done = run("embed", "--table", tmp_path / "t.csv", "--registry", registry.url)
+    assert "did you mean 'colour'?" in str(done.exception)
+
+
 def test_an_error_may_choose_its_exit_status(monkeypatch, capsys):
     class Refused(ConfigError):
         exit_status = 3

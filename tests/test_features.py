@@ -158,6 +158,13 @@ def test_age_counts_from_the_newest_training_row_and_cycles_come_round():
     assert dense(TRANSFORM, {}, "shown") == [0, 0, 0, 1]
 
 
+def test_a_time_that_is_nan_is_missing():
+    schema = FeatureSchema.from_yaml("name: a\nid: tt\nfeatures: {t: {kind: timestamp}}")
+    transform = FeatureTransform.fit(pa.table({"tt": list("abc"), "t": [0.0, float("nan"), 86_400.0]}), schema)
+    assert np.isfinite(transform.transform([{"t": 0.0}, {"t": float("nan")}]).batch.dense).all()
+    assert transform.transform([{"t": 0.0}]).batch.dense[0, 0] != 0
+
+
 # --- text ---
 
 

@@ -59,6 +59,8 @@ def test_whole_numbers_named_like_a_code_are_labels():
         ([f"https://e.x/{i}" for i in range(N)], "nothing two items share"),
         ([[0.5, 1.5]] * N, "a list of double is not read"),
         ([b"x", b"y"] * 20, "no kind reads binary"),
+        ([{"a": 1}, {"a": 2}] * 20, "no kind reads struct"),
+        ([1.0, float("inf")] * 20, "infinite"),
     ],
 )
 def test_what_cannot_be_learned_from_is_left_out_with_the_reason(column, why):
@@ -83,6 +85,21 @@ def test_the_id_is_the_column_named_so_or_the_first_that_can_be_one():
         infer_schema(pa.table({"x": ["a", "b"] * 20}), "t")
     with pytest.raises(TableError, match="no column 'key'"):
         infer_schema(pa.table({"x": ["a", "b"] * 20}), "t", id_column="key")
+
+
+def test_names_that_yaml_would_read_otherwise_are_quoted():
+    inferred = infer_schema(pa.table({"#id": IDS, "a: b": ["a", "b"] * 20, "new\nline": ["same"] * N}), "2024")
+    assert FeatureSchema.from_yaml(inferred.to_yaml()) == inferred.schema
+
+
+def test_a_name_that_cannot_be_a_models_is_refused():
+    with pytest.raises(TableError, match="--name"):
+        infer_schema(pa.table({"id": IDS, "x": ["a", "b"] * 20}), "Bad Name")
+
+
+def test_a_table_without_rows_says_so():
+    with pytest.raises(TableError, match="no rows"):
+        infer_schema(pa.table({"id": pa.array([], pa.string())}), "t")
 
 
 def test_a_table_with_nothing_to_learn_is_refused():

@@ -148,7 +148,7 @@ def test_two_workers_train_as_well_as_one(ray_cluster, data, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(ray_cluster, tmp_path):
-    config = CONFIG.model_copy(update={"epochs": 200, "patience": 200, "checkpoint_seconds": 0.5})
+    config = CONFIG.model_copy(update={"epochs": 60, "patience": 60, "checkpoint_seconds": 0.5})
     epochs: list[int] = []
     killed: list[int] = []
 
@@ -162,7 +162,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(ray_cluster
     Prepared.make(table(), SCHEMA, config, tmp_path)
     with cluster.connected(ClusterConfig()):
         state = cluster.fit(tmp_path, config, ClusterConfig(), told)
-    assert len(killed) == 1 and state["epoch"] == epochs[-1] == 200
+    assert len(killed) == 1 and state["epoch"] == epochs[-1] == 60
     again = [after for before, after in itertools.pairwise(epochs) if after <= before]
     assert len(again) == 1 and again[0] > 1, "it went back once, and not to the beginning"
 

@@ -56,8 +56,9 @@ def test_what_is_not_there_is_answered_with_what_is(registry, tmp_path):
         registry.resolve("t@9")
     with pytest.raises(VersionNotFound, match="'champion'"):
         registry.resolve("t")
-    with pytest.raises(ModelNotFound):
-        registry.resolve("../../etc")
+    for ref in ("../../etc", "t@" + "9" * 5000):
+        with pytest.raises(ModelNotFound):
+            registry.resolve(ref)
     with pytest.raises(VersionNotFound):
         registry.promote("t", 9)
     with pytest.raises(RegistryError, match="no alias 'best'"):
@@ -129,6 +130,9 @@ def test_aliases_survive_many_writers_at_once(registry):
 def test_a_broken_aliases_file_is_named(registry):
     (Path(registry.url) / "t" / "aliases.json").write_text("{")
     with pytest.raises(RegistryError, match=r"aliases\.json"):
+        registry.resolve("t")
+    (Path(registry.url) / "t" / "aliases.json").write_text("[]")
+    with pytest.raises(RegistryError, match="not alias names with versions"):
         registry.resolve("t")
     (Path(registry.url) / "t" / "aliases.json").write_text(json.dumps({"champion": 1}))
     assert registry.resolve("t") == ("t", 1)

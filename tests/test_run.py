@@ -148,6 +148,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     assert TrainConfig.load(None, {"epochs": 9}, {"patience": 2}).patience == 2
 
 
+def test_one_setting_of_a_group_leaves_the_others_at_their_defaults():
+    changed = TrainConfig.load(None, {"encoder.dim": 12})
+    assert changed.encoder == TrainConfig().encoder.model_copy(update={"dim": 12})
+
+
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
     import os
 

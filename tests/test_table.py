@@ -48,6 +48,26 @@ def test_rows_come_in_batches():
     assert [ids for ids, _ in rows(table, "id", [], batch_size=2)] == [["a", "b"], ["c", "d"], ["e"]]
 
 
+def test_numbers_with_leading_zeros_are_text(tmp_path):
+    (tmp_path / "t.csv").write_text("id,zip,n,country\n007,01234,7,NA\n008,99999,8,\n")
+    assert read_table(str(tmp_path / "t.csv")).to_pydict() == {
+        "id": ["007", "008"],
+        "zip": ["01234", "99999"],
+        "n": [7, 8],
+        "country": ["NA", None],
+    }
+
+
+def test_a_row_without_an_id_is_refused_and_not_named_none():
+    for ids in (pa.array([1, None]), pa.array([1.5, 2.5])):
+        with pytest.raises(TableError, match="must be text or whole numbers on every row"):
+            list(rows(pa.table({"id": ids, "x": [1, 2]}), "id", ["x"]))
+
+
+def test_a_table_with_none_of_the_columns_gives_empty_items():
+    assert list(rows(pa.table({"id": ["a", "b"]}), "id", ["x"])) == [(["a", "b"], [{}, {}])]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -55,6 +75,8 @@ def test_rows_come_in_batches():
         ("t.parquet", b"not parquet", "is not Parquet"),
         ("t.jsonl", b"{", "is not JSON Lines"),
         ("t.csv", b"a,b\n1,2,3\n", "is not CSV"),
+        ("t.csv", b"id,a,a\n1,2,3\n", "columns named twice: a"),
+        ("t.csv", b"\xff\xfe,a\n1,2\n", "is not CSV"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, said):

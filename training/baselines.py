@@ -45,15 +45,15 @@ def principal_coordinates(products: Floats, dim: int, seed: int = 0) -> Floats:
 
     By subspace iteration with a few random directions to spare (Halko et al. 2011).
     """
-    n = len(products)
-    dim = min(dim, n - 1)
-    row_mean = products.mean(0, keepdims=True)
-    centred = products - row_mean - row_mean.T + products.mean()
-    # By torch: numpy's own threads cannot be told how many to be, and stall each other where a core is taken.
-    matrix = torch.from_numpy(centred)
+    # torch and not numpy, whose threads cannot be told how many they are
+    inner = torch.from_numpy(products)
+    row_mean = inner.mean(0, keepdim=True)
+    centred = inner - row_mean - row_mean.T + inner.mean()
+    n = len(inner)
     basis = torch.randn(n, min(n, dim + 10), generator=torch.Generator().manual_seed(seed))
     for _ in range(4):
-        basis = torch.linalg.qr(matrix @ basis)[0]
-    values, vectors = torch.linalg.eigh(basis.T @ matrix @ basis)  # smallest first
-    coordinates: Floats = (basis @ vectors * values.clamp(min=0).sqrt()).flip(1)[:, :dim].numpy()
+        basis = torch.linalg.qr(centred @ basis)[0]
+    values, vectors = torch.linalg.eigh(basis.T @ centred @ basis)
+    largest = values.argsort(descending=True)[: min(dim, n - 1)]
+    coordinates: Floats = (basis @ vectors[:, largest] * values[largest].clamp(min=0).sqrt()).numpy()
     return coordinates

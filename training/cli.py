@@ -128,8 +128,7 @@ def retrain(
     As a line of a crontab, every night at 3:17:
 
     \b
-      17 3 * * * cd /srv/itemvec && .venv/bin/itemvec retrain items.parquet --url http://127.0.0.1:8000 >>retrain.log
-      2>&1
+      17 3 * * * cd /srv/itemvec && .venv/bin/itemvec retrain items.parquet --url http://127.0.0.1:8000
     """
     from itemvec.client import Client
     from itemvec.registry import Registry

@@ -4,6 +4,8 @@ The workers open the run's folder, so on several machines it has to lie on stora
 through Ray: the workers map the encoded table, and the driver reads their progress from a file in the same folder.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -27,6 +29,8 @@ Told = Callable[[dict[str, Any]], None]
 OBJECT_STORE_BYTES = 80 << 20
 """The least that Ray takes: the table does not pass through it."""
 
+PREFIX = "itemvec-train-"
+ABANDONED_SECONDS = 60.0
 POLL_SECONDS = 0.1
 ROUNDING = 1e-6
 COLLECTIVE_SECONDS = 120
@@ -60,14 +64,13 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
 @contextmanager
 def own_cluster(num_cpus: int | None = None) -> Iterator[None]:
     """A Ray of this machine and for this process, with as many CPUs as there are."""
-    folder = Path(tempfile.mkdtemp(prefix="itemvec-train-"))  # short, or Ray's socket paths get too long; ours alone
-    settings = dict(ENVIRONMENT)
-    if "ray" not in sys.modules:  # once imported, it has read which token to use: its own, in the user's home
-        token = folder / "token"  # Ray runs code for whoever reaches its ports
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    try:
+    with _folder() as folder:
+        settings = dict(ENVIRONMENT)
+        if "ray" not in sys.modules:  # once imported, it has read which token to use: its own, in the user's home
+            token = folder / "token"  # Ray runs code for whoever reaches its ports
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32))
+            settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with (
             _environment(settings),
             _ray(
@@ -79,8 +82,25 @@ def own_cluster(num_cpus: int | None = None) -> Iterator[None]:
             ),
         ):
             yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """For Ray's own files: for this user alone, and short, or the paths of its sockets get too long. Those that killed
+    processes left behind are removed too."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                with (left / "lock").open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

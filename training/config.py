@@ -69,8 +69,8 @@ class ReconstructConfig(_Settings):
 
 class ContrastConfig(_Settings):
     weight: NonNegativeFloat = 0.1
-    """What it counts; 0 turns it off and halves a step's work. Reconstruction alone ties neighbors to the big
-    columns."""
+    """What it counts; with 0 a step encodes one damaged copy of an item instead of two. It lifts neighbors over what
+    reconstruction alone gives; from about 0.3 on it costs what can be read back, and gains no more."""
 
     temperature: PositiveFloat = 0.2
     """Lower looks at the hardest of the other items only."""
@@ -93,7 +93,7 @@ class OptimizerConfig(_Settings):
 
 
 class TrainConfig(_Settings):
-    encoder: EncoderConfig = EncoderConfig(decoder_hidden=(64,))
+    encoder: EncoderConfig = EncoderConfig()
     corruption: CorruptionConfig = CorruptionConfig()
     reconstruct: ReconstructConfig = ReconstructConfig()
     contrast: ContrastConfig = ContrastConfig()

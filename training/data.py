@@ -42,7 +42,7 @@ def fold_of(ids: Iterable[str], test: float, validation: float) -> npt.NDArray[n
     table.
 
     >>> fold_of(["tt0133093", "tt0234215", "tt0084787"], test=0.5, validation=0.25)
-    array([2, 1, 0], dtype=int8)
+    array([1, 1, 2], dtype=int8)
     """
     digests = (hashlib.sha256(i.encode("utf-8", "surrogatepass")).digest()[:8] for i in ids)
     place = np.array([int.from_bytes(d, "big") / 2**64 for d in digests])

@@ -208,10 +208,8 @@ class _Tally:
 
     def _multi(self, answer: Tensor, truth: Tensor) -> None:
         self.loss += float(losses.multi(answer, truth).sum())
-        known = truth.clone()  # which labels, given that there are any
-        known[:, MISSING] = 0.0
-        named, usual = answer > 0, self.share > 0.5
-        named[:, MISSING], usual[MISSING] = False, False
+        known, named, usual = truth.clone(), answer > 0, self.share > 0.5
+        known[:, :FIRST], named[:, :FIRST], usual[:FIRST] = 0.0, False, False  # labels that can be named
         self.there += float(known.sum())
         self.right += float(known[named].sum())
         self.guessed += float(named.sum())
@@ -308,10 +306,10 @@ def retrieve(
 
 
 def _precision(vectors: Floats, queries: npt.NDArray[np.int64], shares: npt.NDArray[np.bool_]) -> Floats:
-    scores = vectors[queries] @ vectors.T
-    scores[np.arange(len(queries)), queries] = -np.inf
-    nearest = np.argpartition(-scores, K, axis=1)[:, :K]
-    precision: Floats = np.take_along_axis(shares, nearest, 1).mean(1, dtype=np.float32)
+    items, asked = torch.from_numpy(vectors), torch.from_numpy(queries)
+    scores = items[asked] @ items.T
+    scores[torch.arange(len(asked)), asked] = -torch.inf
+    precision: Floats = torch.from_numpy(shares).gather(1, scores.topk(K, dim=1).indices).float().mean(1).numpy()
     return precision
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from threadpoolctl import threadpool_limits
 
 import itemvec
 from itemvec.encoder import Decoder, ItemEncoder
@@ -169,15 +168,14 @@ def centre(encoder: ItemEncoder, data: Prepared) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """What is measured is small, and threads of numpy and torch that wait for each other make it many times slower on a
-    machine that has other work."""
+    """What is measured is small, and threads that wait for each other make it many times slower on a machine that has
+    other work."""
     before = torch.get_num_threads()
-    with threadpool_limits(limits=1):
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def alias_of_new(job: Job, promote: bool) -> str:
