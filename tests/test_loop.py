@@ -92,7 +92,6 @@ def test_every_worker_takes_the_same_number_of_steps_of_the_same_size(data, monk
     assert workers[0].steps * workers[0].batch * 3 <= len(workers[0].train_items)
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("features", ["{year: {kind: numeric}}", "{genres: {kind: multi}}"])
 def test_tables_without_labels_or_without_numbers_train(tmp_path, features):
     schema = FeatureSchema.from_yaml(f"name: films\nid: id\nfeatures: {features}")

@@ -140,10 +140,10 @@ class Reconstruct(nn.Module):
                     steps = slice(slot.base + FIRST, slot.base + slot.rows)
                     ranked = self.count[slot.base + FIRST]  # every item that has a rank has the first step
                     self.decoder.row_bias[steps] = torch.logit((self.count[steps] + 0.5) / (ranked + 1))
-            for dense in self.layout.dense:
-                flag = dense.start + dense.width - 1
-                self.decoder.dense_head.bias[dense.start : flag] = self.centre[dense.start : flag]
-                self.decoder.dense_head.bias[flag] = torch.logit(self.centre[flag])
+            if self.decoder.dense_head is not None:
+                self.decoder.dense_head.bias.copy_(self.centre)
+                flags = [dense.start + dense.width - 1 for dense in self.layout.dense]
+                self.decoder.dense_head.bias[flags] = torch.logit(self.centre[flags])
 
     def _weight(self, slot: BagSlot | DenseSlot) -> float:
         return self.weights.get(slot.name, 1.0)
