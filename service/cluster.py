@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -134,4 +135,4 @@ def _url(config: ServiceConfig) -> str:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason was given"
+    return re.sub(r"^(itemvec|service)[.\w]*: ", "", lines[-1]) if lines else "no reason was given"

@@ -22,6 +22,9 @@ from itemvec.errors import ConfigError
 
 SCOPES: Final = frozenset({"read", "write", "admin"})
 MIN_KEY_LENGTH: Final = 16
+NO_CHAMPION: Final = (
+    "the registry {} has no champion to serve: run itemvec train, or name one with itemvec models promote"
+)
 
 
 class ServiceConfig(BaseSettings):

@@ -28,7 +28,7 @@ from itemvec.errors import (
 )
 from itemvec.registry import CHAMPION, PREVIOUS, Registry
 from itemvec.version import Encoding, ModelVersion
-from service.config import ServiceConfig
+from service.config import NO_CHAMPION, ServiceConfig
 from service.metrics import Metrics
 from service.problems import InvalidRequest, NotSearchable
 from service.store import Store
@@ -80,10 +80,7 @@ class LoadedModels:
                 log.warning("model %s is not served: %s", name, error)
                 failed = error
         if not self.ready:
-            raise failed or RegistryError(
-                f"the registry {self.registry.url} has no champion to serve: run itemvec train, or name one with "
-                "itemvec models promote"
-            )
+            raise failed or RegistryError(NO_CHAMPION.format(self.registry.url))
         self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:

@@ -100,6 +100,14 @@ class PromotionRunning(RequestError):
         self.job_id = job_id
 
 
+class PromotionLost(RequestError):
+    def __init__(self, ref: str) -> None:
+        super().__init__(
+            f"the promotion of {ref} stood still for so long that another may have begun: it stopped before the "
+            "switch; start it again if it is still wanted"
+        )
+
+
 class NotSearchable(RequestError):
     def __init__(self, ref: str, searchable: Iterable[str]) -> None:
         there = ", ".join(searchable) or "none yet"
@@ -118,6 +126,7 @@ STATUS: Final[dict[type[ItemvecError], HTTPStatus]] = {
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
     BodyTooSlow: HTTPStatus.REQUEST_TIMEOUT,
     PromotionRunning: HTTPStatus.CONFLICT,
+    PromotionLost: HTTPStatus.CONFLICT,
     NotSearchable: HTTPStatus.CONFLICT,
     BodyTooLarge: HTTPStatus(413),  # its name differs between Python 3.12 and 3.13
     UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,

@@ -9,8 +9,9 @@ once. Its order is what keeps every write and every answer right:
 
 Whatever fails before the registry is written leaves the champion as it was. The previous version stays live and ready,
 so a rollback is the same job with nothing to encode. One promotion per model runs at a time, whichever replica has it:
-a lease in Redis says so, and what a dead replica held is free again in seconds. Jobs are kept in Redis as well, since
-a question about one may reach any replica.
+a lease in Redis says so, and what a dead replica held is free again in seconds. One that only stood still has lost the
+lease when it goes on: it stops before the switch, and leaves the index to whoever is at it now. Jobs are kept in Redis
+as well, since a question about one may reach any replica.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from itemvec.registry import CHAMPION, PREVIOUS
 from itemvec.version import ModelVersion
 from service.items import encode_fitting
 from service.models import LoadedModels
-from service.problems import JobNotFound, PromotionRunning, problem
+from service.problems import JobNotFound, PromotionLost, PromotionRunning, problem
 from service.store import Store
 
 log = logging.getLogger("itemvec.service")
@@ -40,6 +41,9 @@ LEASE_SECONDS = 15.0
 KEPT_SECONDS = 86_400.0
 PREPARE_SECONDS = 600.0
 INDEX_SECONDS = 600.0
+SHORT_SECONDS = 5.0
+"""For how long an index may have read everything and still lack vectors, before the items are scanned again."""
+
 CLEANING = "drop-"
 """Begins the name of who holds the lease to remove an old version: nobody's job, and soon done."""
 
@@ -86,7 +90,7 @@ class Job:
     stage: Stage = "loading"
     done: int = 0
     total: int = 0
-    """Items encoded, and those that there were when encoding began."""
+    """Items encoded, and those that there were when their scan began."""
 
     refused: int = 0
     refusals: list[dict[str, str]] = field(default_factory=list)
@@ -175,16 +179,19 @@ class Promotions:
         return job
 
     async def _run(self, job: Job) -> None:
+        work = asyncio.create_task(self._switch(job))
         renewal = asyncio.create_task(self._renew(job.name, job.id, job))
         failure: Exception | None = StoreUnavailable("the replica that ran this job was stopped; start it again")
         try:
-            await self._switch(job)
+            await _while_held(job, work, renewal)
             failure = None
         except Exception as error:
             trace = None if isinstance(error, ItemvecError) else error
             log.warning("job %s: %s@%d was not promoted: %s", job.id, job.name, job.version, error, exc_info=trace)
             failure = error
         finally:
+            work.cancel()
+            await asyncio.wait({work})
             renewal.cancel()
             # The lease first: who reads that the job has ended may start the next one.
             with contextlib.suppress(StoreUnavailable):
@@ -215,8 +222,9 @@ class Promotions:
                 await self._backfill(job, version)
             except BaseException:
                 if not was_live:
-                    await asyncio.shield(self._withdraw(version))
+                    await asyncio.shield(self._withdraw(job, version))
                 raise
+        await self._hold(job)
         job.stage = "switching"
         await self._models.in_thread(self._models.registry.promote, name, number)
         try:
@@ -226,24 +234,23 @@ class Promotions:
 
     async def _backfill(self, job: Job, version: ModelVersion) -> None:
         name, fingerprint, store = job.name, version.fingerprint, self._store
-        job.stage, job.total = "encoding items", await store.count(name)
-        await store.ensure_index(name, fingerprint, version.dim, items_hint=job.total)
+        await store.ensure_index(name, fingerprint, version.dim, items_hint=await store.count(name))
         await store.mark_live(name, fingerprint, version.ref)
         for tries_left in reversed(range(SCAN_TRIES)):
             try:
                 await self._encode_stored(job, version)
+                await self._wait_for_index(job, version)
                 break
             except StoreUnavailable as error:
                 if not tries_left:
                     raise
                 log.warning("job %s scans the items again: %s", job.id, error)
                 await asyncio.sleep(error.retry_after)
-        job.stage = "waiting for the index"
-        await self._wait_for_index(job, version)
         await store.mark_ready(name, fingerprint)
 
     async def _encode_stored(self, job: Job, version: ModelVersion) -> None:
-        job.done, job.refused, job.refusals = 0, 0, []
+        job.stage, job.done, job.refused, job.refusals = "encoding items", 0, 0, []
+        job.total = await self._store.count(job.name)
         async for batch in self._store.scan(job.name, BATCH):
             began = time.monotonic()
             fitting = await encode_fitting(self._models, version, [orjson.loads(item.raw) for item in batch])
@@ -262,24 +269,39 @@ class Promotions:
             log.warning("job %s: %s cannot encode %d stored items", job.id, version.ref, job.refused)
 
     async def _wait_for_index(self, job: Job, version: ModelVersion) -> None:
-        """Until the index holds every vector: one that does not answers with part of the neighbors and no error."""
-        deadline = time.monotonic() + INDEX_SECONDS
+        """Until the index holds every vector: one that does not answers with part of the neighbors and no error.
+
+        Raises `StoreUnavailable` where another scan may help. An item may have been replaced since by one that the
+        version refuses, and then the index stays one short of what the last scan promised.
+        """
+        job.stage = "waiting for the index"
+        began = complete = time.monotonic()
         while True:
-            # The count first: items that are put in between are in the index, never the other way round.
-            expected = await self._store.count(job.name) - job.refused
+            # The count first: items that are put in between are in the index, never the other way round. And not those
+            # put since the scan began: the version may refuse them, and those it takes were indexed as they were put.
+            expected = min(job.total, await self._store.count(job.name)) - job.refused
             status = await self._store.index_status(job.name, version.fingerprint)
+            now = time.monotonic()
             if status.failures:
-                raise StoreUnavailable(f"{status.failures} vectors of {version.ref} were refused by its index")
-            if status.percent_indexed >= 1 and status.docs >= expected:
+                raise ItemvecError(f"{status.failures} vectors of {version.ref} were refused by its index")
+            if status.percent_indexed < 1:
+                complete = now
+            elif status.docs >= expected:
                 return
-            if time.monotonic() > deadline:
+            if now - began > INDEX_SECONDS or now - complete > SHORT_SECONDS:
                 raise StoreUnavailable(
-                    f"the index of {version.ref} has {status.docs} of {expected} vectors after {INDEX_SECONDS:g} s"
+                    f"the index of {version.ref} has {status.docs} of {expected} vectors after {now - began:.0f} s"
                 )
             await asyncio.sleep(0.05)
 
-    async def _withdraw(self, version: ModelVersion) -> None:
-        with contextlib.suppress(StoreUnavailable):
+    async def _hold(self, job: Job) -> None:
+        """Raises `PromotionLost` if another job may have begun, since what follows would get in its way."""
+        if not await self._store.renew(job.name, job.id, LEASE_SECONDS):
+            raise PromotionLost(f"{job.name}@{job.version}")
+
+    async def _withdraw(self, job: Job, version: ModelVersion) -> None:
+        with contextlib.suppress(StoreUnavailable, PromotionLost):
+            await self._hold(job)  # otherwise the index may be another job's by now
             await self._store.unmark_live(version.name, version.fingerprint)
             await self._store.drop_version(version.name, version.fingerprint)
 
@@ -297,6 +319,8 @@ class Promotions:
                 kept_fingerprints = {(await self._models.get(ref)).fingerprint for ref in kept}
                 for fingerprint, ref in (await self._store.live(name)).items():
                     if fingerprint not in kept_fingerprints:
+                        if not await self._store.renew(name, me, LEASE_SECONDS):
+                            return  # a promotion that runs now may need it
                         await self._store.unmark_live(name, fingerprint)
                         await self._store.drop_version(name, fingerprint)
                         log.info("dropped the index and the vectors of %s", ref)
@@ -305,11 +329,12 @@ class Promotions:
                 await self._store.release(name, me)
 
     async def _renew(self, name: str, holder: str, job: Job | None = None) -> None:
-        """Keeps the lease, and tells how far the job is, until it is cancelled."""
+        """Keeps the lease, and tells how far the job is, until it is cancelled; returns if the lease is lost."""
         while True:
             await asyncio.sleep(LEASE_SECONDS / 15)
             with contextlib.suppress(StoreUnavailable):
-                await self._store.claim(name, holder, LEASE_SECONDS)
+                if not await self._store.renew(name, holder, LEASE_SECONDS):
+                    return
                 if job is not None:
                     await self._note(job)
 
@@ -321,6 +346,15 @@ class Promotions:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _while_held(job: Job, work: asyncio.Task[None], renewal: asyncio.Task[None]) -> None:
+    """Until the work is done, or the lease is lost; but once it switches, it ends what it began."""
+    await asyncio.wait({work, renewal}, return_when=asyncio.FIRST_COMPLETED)
+    if not work.done() and job.stage != "switching":
+        renewal.result()  # raises what broke it, if it was not the lease
+        raise PromotionLost(f"{job.name}@{job.version}")
+    await work
 
 
 def _iso(seconds: float) -> str:

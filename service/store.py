@@ -273,6 +273,10 @@ class Store:
         reply = await self._hot.command("EVAL", _CLAIM, 1, _Space(name).switch, holder, int(ttl * 1000))
         return str(reply, "utf-8")
 
+    async def renew(self, name: str, holder: str, ttl: float) -> bool:
+        """Keeps that right for another `ttl` seconds. False if it ran out meanwhile: another one may have had it."""
+        return bool(await self._hot.command("EVAL", _RENEW, 1, _Space(name).switch, holder, int(ttl * 1000)))
+
     async def release(self, name: str, holder: str) -> None:
         """Gives that right back; does nothing if another one has it."""
         await self._hot.command("EVAL", _RELEASE, 1, _Space(name).switch, holder)
@@ -624,6 +628,11 @@ _CLAIM = """
 local holder = redis.call('GET', KEYS[1]) or ARGV[1]
 if holder == ARGV[1] then redis.call('SET', KEYS[1], holder, 'PX', ARGV[2]) end
 return holder
+"""
+
+_RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
 
 _RELEASE = """

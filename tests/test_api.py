@@ -325,10 +325,23 @@ async def test_models_tell_their_versions_aliases_schema_and_evaluation(toys: Ru
 
 
 @pytest.mark.parametrize(
-    "path", ["nobody", "..", "toys/versions/9", "toys/versions/x", "%2e%2e/versions/1", "toys/aliases/x"]
+    "path",
+    [
+        *("nobody", "..", "toys/versions/9", "toys/versions/x", "%2e%2e/versions/1", "toys/aliases/x"),
+        pytest.param("toys/versions/" + "9" * 4400, id="more digits than int() reads"),
+    ],
 )
 async def test_an_unknown_model_version_or_alias_is_404(toys: Running, path: str) -> None:
     assert_problem(await toys.client.get(f"/v1/models/{quote(path, safe='/%')}"), 404)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"champion": "one"}'])
+async def test_aliases_that_are_none_are_told_and_what_is_served_goes_on(toys: Running, content: str) -> None:
+    (toys.registry.path("toys", 1).parents[1] / "aliases.json").write_text(content)
+    for path in ("/v1/models", "/v1/models/toys", "/v1/models/toys/versions/champion"):
+        assert "aliases.json" in assert_problem(await toys.client.get(path), 503)["detail"]
+    assert_problem(await post(toys, "/v1/embeddings", {"input": [TOY], "model": "toys@challenger"}), 503)
+    assert (await post(toys, "/v1/embeddings", {"input": [TOY]})).json()["model"] == "toys@1"
 
 
 # The edge

@@ -109,7 +109,7 @@ def test_a_promotion_reaches_every_replica_and_fails_no_request(real_service: Re
     assert set(embed(real_service, 80)) == {"toys@2"}
 
 
-def test_ctrl_c_ends_every_process_and_loses_no_item(tmp_path: Path, toy_registry: Path):
+def test_ctrl_c_and_a_kill_end_every_process_and_lose_no_item(tmp_path: Path, toy_registry: Path):
     with RealService(tmp_path, toy_registry) as service:
         eventually(lambda: service.client.put("/v1/items/kept", json=serving.TOY).is_success)
         service.signal_group(signal.SIGINT)  # make, the command and all its children at once
@@ -121,12 +121,18 @@ def test_ctrl_c_ends_every_process_and_loses_no_item(tmp_path: Path, toy_registr
 
     with RealService(tmp_path, toy_registry) as again:
         assert again.client.get("/v1/items/kept").json()["id"] == "kept"
+        assert again.client.put("/v1/items/kept too", json=serving.TOY).status_code == 201
         redis, *_ = (pid for pid, title in again.processes().items() if "redis-server" in title)
         os.kill(again.process.pid, signal.SIGKILL)
         again.process.wait()
         # The agents of a Ray node try for two minutes to tell someone that it died; they hold no port of ours.
         eventually(lambda: {title.split()[0] for title in again.processes().values()} <= AGENTS, 20)
         eventually(lambda: not Path(f"/proc/{redis}").exists())
+
+    with RealService(tmp_path, toy_registry) as third:
+        assert third.client.get("/v1/items/kept too").json()["item"] == serving.TOY
+        answer = third.client.post("/v1/similar", json={"item": serving.TOY})
+        assert {neighbor["id"] for neighbor in answer.json()["neighbors"]} == {"kept", "kept too"}
 
 
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
@@ -135,8 +141,17 @@ AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 def test_a_service_without_a_model_says_so_in_one_line(tmp_path: Path):
     with pytest.raises(AssertionError) as failed:
         RealService(tmp_path, tmp_path / "registry")
-    told = [line for line in str(failed.value).splitlines() if "has no champion to serve" in line]
-    assert len(told) == 1
+    [told] = str(failed.value).splitlines()
+    assert told.startswith(f"itemvec: the registry {tmp_path / 'registry'} has no champion to serve: run itemvec train")
+
+
+def test_a_champion_that_cannot_be_loaded_is_told_without_a_traceback(tmp_path: Path, toy_registry: Path):
+    registry = serving.copied(toy_registry, tmp_path / "registry")
+    (registry / "toys" / "versions" / "1" / "encoder.safetensors").write_bytes(b"")
+    with pytest.raises(AssertionError) as failed:
+        RealService(tmp_path, registry)
+    *_, told = str(failed.value).splitlines()
+    assert told.startswith("itemvec: the service did not start: toys@1 is not what was published")
     assert "Traceback" not in str(failed.value)
 
 

@@ -73,7 +73,9 @@ async def test_a_corrupt_champion_is_not_served_the_previous_is(
 async def test_a_service_without_any_model_does_not_start(tmp_path: Path, toy_registry: Path, redis_url: str) -> None:
     folder = serving.copied(toy_registry, tmp_path / "r")
     spoil(Registry(folder), 1)
-    for root, error in ((tmp_path / "empty", RegistryError), (folder, VersionCorrupt)):
+    garbage = serving.copied(toy_registry, tmp_path / "g")
+    (garbage / "toys" / "aliases.json").write_text("[]")
+    for root, error in ((tmp_path / "empty", RegistryError), (garbage, RegistryError), (folder, VersionCorrupt)):
         config = ServiceConfig.read(registry=str(root), redis_url=redis_url)
         async with Store(redis_url) as store:
             models = LoadedModels(Registry(root), store, config)

@@ -14,6 +14,7 @@ import serving
 from serving import ITEMS, JSON, TOY, Running, assert_problem, eventually, post
 
 from itemvec.version import ModelVersion
+from service import promote
 from service.promote import Job, Promotions
 
 pytestmark = pytest.mark.anyio
@@ -203,6 +204,82 @@ async def test_items_that_the_new_version_refuses_are_told_and_the_rest_is_serve
     # What is put now suits the new version alone, and is taken all the same.
     assert (await toys.client.put("/v1/items/priced", json={"price": "12"})).status_code == 201
     assert (await toys.client.put("/v1/items/priced", json={"price": 12})).status_code == 422
+
+
+async def test_items_that_the_new_version_refuses_may_come_during_the_backfill(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promote, "SHORT_SECONDS", 0.05)
+    serving.publish(toys.registry, 4, price="nominal")
+    for item_id in ("free", "soon priced", "soon gone"):
+        await toys.client.put(f"/v1/items/{item_id}", json={"maker": "Ada"})
+    scan, scans = toys.store.scan, 0
+
+    async def scan_with_writes(name: str, batch: int = 500) -> Any:
+        nonlocal scans
+        scans += 1
+        async for items in scan(name, batch):
+            if scans == 1:  # between reading them and writing their vectors
+                await toys.client.put("/v1/items/soon priced", json=TOY)
+            yield items
+        if scans == 1:
+            await toys.client.put("/v1/items/new", json=TOY)
+            await toys.client.delete("/v1/items/soon gone")
+
+    monkeypatch.setattr(toys.store, "scan", scan_with_writes)
+    job = await toys.promote(4)
+    assert (job["state"], job["refused"], scans) == ("succeeded", 2, 2), job
+    body = (await post(toys, "/v1/similar", {"item": {"maker": "Ada"}, "k": 5})).json()
+    assert (body["model"], [n["id"] for n in body["neighbors"]]) == ("toys@4", ["free"])
+
+
+async def test_an_index_that_stays_short_fails_the_promotion(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promote, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(promote, "SCAN_TRIES", 2)
+    await toys.load()
+
+    async def lost(*_: object) -> int:
+        return 0
+
+    monkeypatch.setattr(toys.store, "add_vectors", lost)
+    job = await toys.promote(2)
+    assert job["state"] == "failed"
+    assert "toys@2 has 0 of 40 vectors" in job["problem"]["detail"]
+    assert toys.registry.aliases("toys") == {"champion": 1}
+
+
+@pytest.mark.parametrize("noticed", [True, False], ids=["while it encodes", "before the switch"])
+async def test_a_job_that_lost_its_lease_stops_and_leaves_the_index_alone(
+    toys: Running, monkeypatch: pytest.MonkeyPatch, noticed: bool
+) -> None:
+    await toys.load()
+    monkeypatch.setattr(promote, "LEASE_SECONDS", 0.3 if noticed else 3600.0)
+    go_on, scan = asyncio.Event(), toys.store.scan
+
+    async def stalled_scan(name: str, batch: int = 500) -> Any:
+        async for items in scan(name, batch):
+            await go_on.wait()
+            yield items
+
+    monkeypatch.setattr(toys.store, "scan", stalled_scan)
+    answer = await toys.client.put("/v1/models/toys/aliases/champion", json={"version": 2})
+    job_id = answer.json()["job"]["id"]
+    await eventually(lambda: _is_live(toys, "toys@2"))
+    await toys.store.release("toys", job_id)  # as if it had run out
+    assert await toys.store.claim("toys", "another job", 60.0) == "another job"
+    if not noticed:
+        go_on.set()
+    job = await toys.finished(job_id)
+    assert (job["state"], job["problem"]["status"]) == ("failed", 409)
+    assert "another may have begun" in job["problem"]["detail"]
+    assert toys.registry.aliases("toys") == {"champion": 1}
+    assert await _is_live(toys, "toys@2")  # the other job may be filling it
+    assert (await toys.store.index_status("toys", toys.registry.manifest("toys", 2).fingerprint)).dim == serving.DIM
+    assert await toys.store.claim("toys", "a third", 60.0) == "another job"
+
+
+async def _is_live(service: Running, ref: str) -> bool:
+    return ref in (await service.store.live("toys")).values()
 
 
 async def test_a_champion_named_by_other_means_is_made_ready_and_followed(toys: Running) -> None:
