@@ -71,6 +71,7 @@ class Api:
         self._writer = ItemWriter(models, store)
         self._metrics_text = metrics_text
         self._filled_once = False
+        self._ready_items = config.ready_items
         self._limits = requests.Limits(
             items=config.max_items,
             labels=config.max_labels,
@@ -329,19 +330,25 @@ class Api:
     async def readyz(self, _: Request) -> Answer:
         """200 as soon as a model is loaded and its index was complete once: for a readiness probe.
 
-        The store may be down: encoding does not need it.
+        With the setting `ready_items` it also waits until the store holds so many items. The store may be down:
+        encoding does not need it.
         """
         answer: dict[str, Any] = {"models": {n: v.ref for n, v in self._models.serving.items()}}
         try:
             await self._store.ping()
             searchable = [await self._models.is_searchable(v) for v in self._models.serving.values()]
-            answer["store"] = "ok" if all(searchable) else "filling"
+            answer["store"] = "filling" if not all(searchable) else "ok" if await self._has_items() else "loading"
         except StoreUnavailable:
             answer["store"] = "unavailable"
         # Only at the start does a half-filled index keep callers away; later it would stop the encoding too.
-        self._filled_once = self._filled_once or answer["store"] != "filling"
+        self._filled_once = self._filled_once or answer["store"] not in {"filling", "loading"}
         answer["ready"] = self._models.ready and self._filled_once
         return Answer.json(answer, 200 if answer["ready"] else 503)
+
+    async def _has_items(self) -> bool:
+        return not self._ready_items or self._ready_items <= sum(
+            [await self._store.count(name) for name in self._models.serving]
+        )
 
     async def get_metrics(self, _: Request) -> Answer:
         """Counters and histograms, summed over all replicas. 503 rather than a part of them, if a replica is silent."""

@@ -106,7 +106,7 @@ def _remove() -> None:
 def _wait_until_ready(config: ServiceConfig, url: str) -> None:
     deadline = time.monotonic() + config.start_seconds
     look = 0.0
-    while not _answers(f"{url}/readyz"):
+    while not _is_up(f"{url}/readyz"):
         time.sleep(0.05)
         if time.monotonic() < look:
             continue
@@ -119,10 +119,13 @@ def _wait_until_ready(config: ServiceConfig, url: str) -> None:
             raise ItemvecError(f"the service was not ready within {config.start_seconds:g} s")
 
 
-def _answers(url: str) -> bool:
+def _is_up(url: str) -> bool:
+    """Whether it is ready, or would be if somebody loaded the items that it waits for."""
     try:
         with urllib.request.urlopen(url, timeout=2.0) as answer:  # noqa: S310 our own http://
             return bool(answer.status == 200)
+    except urllib.error.HTTPError as refused:
+        return b'"store":"loading"' in refused.read()
     except (urllib.error.URLError, OSError):
         return False
 

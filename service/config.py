@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 from pydantic import (
     AliasChoices,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -64,6 +65,9 @@ class ServiceConfig(BaseSettings):
 
     registry_poll_seconds: PositiveFloat = 2.0
     """A replica that missed a switch, since it was starting, is behind for this long at most."""
+
+    ready_items: NonNegativeInt = 0
+    """`/readyz` is 503 until the store has held so many items, so that no traffic comes to an empty catalogue."""
 
     # The store
 

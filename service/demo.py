@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+from pyarrow import parquet
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -45,6 +46,7 @@ def run(config: ServiceConfig, once: bool, retrain: bool) -> None:
     check_port(config.host, config.port)
     table = _example("movies.parquet")
     _train(config, table, retrain)
+    config = config.model_copy(update={"ready_items": parquet.read_metadata(table).num_rows})
     with Console(stderr=True).status("starting") as status, running(config, status.update) as service:
         status.stop()
         with Client(service.url) as client:

@@ -241,7 +241,8 @@ class Health(_Answer):
 class Readiness(_Answer):
     ready: bool
     models: dict[str, str] = Field(description="Name -> the version that is served", examples=[{"movies": "movies@3"}])
-    store: Literal["ok", "filling", "unavailable"] = Field(
+    store: Literal["ok", "filling", "loading", "unavailable"] = Field(
         description="`filling`: the index of the served version is being made, and searches are refused so long; "
+        "`loading`: there are fewer items than `ready_items`; "
         "`unavailable`: Redis does not answer. Items are encoded in any case."
     )

@@ -487,3 +487,16 @@ async def test_without_redis_encoding_goes_on_and_the_store_says_when_to_return(
         ready = await service.client.get("/readyz")
         assert (ready.status_code, ready.json()["store"]) == (200, "unavailable")
         assert (await service.client.get("/healthz")).status_code == 200
+
+
+async def test_it_is_ready_when_the_store_holds_as_many_items_as_asked_for(toy_registry, empty_redis):
+    async with serving.running(toy_registry, empty_redis, ready_items=2) as service:
+        answers = []
+        for sku in ("a", "b"):
+            answers.append(await service.client.get("/readyz"))
+            assert (await service.client.put(f"/v1/items/{sku}", json=TOY)).status_code == 201
+        answers.append(await service.client.get("/readyz"))
+        await service.client.delete("/v1/items/a")  # a smaller catalogue later is no reason to stop serving
+        answers.append(await service.client.get("/readyz"))
+        seen = [(answer.status_code, answer.json()["store"]) for answer in answers]
+        assert seen == [(503, "loading"), (503, "loading"), (200, "ok"), (200, "loading")]
