@@ -6,11 +6,19 @@ from pathlib import Path
 import pytest
 import redis
 import serving
+import torch
+from hypothesis import HealthCheck, settings
 from realservice import RealService, eventually
 
 from itemvec.registry import Registry
 from service.redis_server import EmbeddedRedis
 from training.cluster import own_cluster
+
+# A busy machine is no defect of the code, so nothing here is timed; and threads of torch that wait for a core that
+# something else has make small arithmetic many times slower. Ray's workers have one thread too.
+settings.register_profile("itemvec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("itemvec")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
