@@ -27,7 +27,8 @@ import pyarrow.parquet
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 import itemvec
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
@@ -154,10 +155,9 @@ class ModelVersion:
         self.schema.save(folder / "schema.yaml")
         self.transform.save(folder / "transform")
         for name, module in (("encoder", self.encoder), ("decoder", self.decoder)):
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()},
-                folder / f"{name}.safetensors",
-            )
+            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            # Not by save_file, which makes files that only their owner can read: others serve what one user trained.
+            (folder / f"{name}.safetensors").write_bytes(to_bytes(state))
         (folder / "evaluation.json").write_text(
             json.dumps(self.evaluation, indent=1, ensure_ascii=False), encoding="utf-8"
         )

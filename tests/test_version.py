@@ -70,6 +70,11 @@ def test_one_changed_byte_refuses_the_version(saved, name):
         ModelVersion.load(folder)
 
 
+def test_all_files_may_be_read_by_whom_the_umask_allows(saved, tmp_path):
+    (tmp_path / "plain").touch()
+    assert {p.stat().st_mode for p in saved[1].rglob("*") if p.is_file()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_missing_file_refuses_the_version(saved):
     _, folder = saved
     (folder / "decoder.safetensors").unlink()
