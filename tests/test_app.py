@@ -109,7 +109,7 @@ def test_a_promotion_reaches_every_replica_and_fails_no_request(real_service: Re
     assert set(embed(real_service, 80)) == {"toys@2"}
 
 
-def test_ctrl_c_and_a_kill_end_every_process_and_lose_no_item(tmp_path: Path, toy_registry: Path):
+def test_ctrl_c_a_kill_and_a_crash_of_ray_end_every_process_and_lose_no_item(tmp_path: Path, toy_registry: Path):
     with RealService(tmp_path, toy_registry) as service:
         eventually(lambda: service.client.put("/v1/items/kept", json=serving.TOY).is_success)
         service.signal_group(signal.SIGINT)  # make, the command and all its children at once
@@ -133,6 +133,12 @@ def test_ctrl_c_and_a_kill_end_every_process_and_lose_no_item(tmp_path: Path, to
         assert third.client.get("/v1/items/kept too").json()["item"] == serving.TOY
         answer = third.client.post("/v1/similar", json={"item": serving.TOY})
         assert {neighbor["id"] for neighbor in answer.json()["neighbors"]} == {"kept", "kept too"}
+        # And when Ray crashes, the service ends and says so, so that whoever watches over it starts it again.
+        raylet, *_ = (pid for pid, title in third.processes().items() if "raylet/raylet" in title)
+        os.kill(raylet, signal.SIGKILL)
+        assert third.process.wait(15) == 1
+        assert "Ray has crashed" in third.log.read_text()
+        eventually(lambda: not third.processes(), 5)
 
 
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
@@ -153,12 +159,3 @@ def test_a_champion_that_cannot_be_loaded_is_told_without_a_traceback(tmp_path: 
     *_, told = str(failed.value).splitlines()
     assert told.startswith("itemvec: the service did not start: toys@1 is not what was published")
     assert "Traceback" not in str(failed.value)
-
-
-def test_when_ray_crashes_the_service_ends_and_says_so(tmp_path: Path, toy_registry: Path):
-    with RealService(tmp_path, toy_registry) as service:
-        raylet, *_ = (pid for pid, title in service.processes().items() if "raylet/raylet" in title)
-        os.kill(raylet, signal.SIGKILL)
-        assert service.process.wait(15) == 1  # so that whoever watches over it starts it again
-        assert "Ray has crashed" in service.log.read_text()
-        eventually(lambda: not service.processes(), 5)

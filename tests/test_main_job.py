@@ -91,9 +91,3 @@ def test_retraining_switches_the_running_service_and_a_second_time_has_nothing_t
     assert (answer["model"], len(answer["neighbors"])) == ("films@2", 3)
     assert Registry(trained / "registry").aliases("films") == {"champion": 2, "previous": 1}
     assert "nothing to do" in itemvec(*words, "--epochs", 3, *gate)
-
-    # A table that was cut short must not become a model: 100 of 260 rows are less than half.
-    parquet.write_table(films.table(rows=100), trained / "cut.parquet")
-    said = itemvec("retrain", trained / "cut.parquet", *words[2:], status=3)
-    assert "rows 100 (champion 260, least 130)" in said
-    assert Registry(trained / "registry").aliases("films")["champion"] == 2

@@ -6,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from films import SCHEMA, table
-from realservice import RealService
 from test_run import SMALL, films
 
 from itemvec.cli import cli
@@ -96,23 +95,6 @@ def test_two_retrainings_do_not_run_at_once(workplace):
     with locked(workplace / "runs/films.lock", "held by the test"):
         done = retrain(workplace)
     assert isinstance(done.exception, ItemvecError) and "films is being retrained" in str(done.exception)
-
-
-@pytest.mark.slow
-def test_a_running_service_switches_to_the_new_version_with_its_items(workplace, tmp_path):
-    tolerant = ["--gate", "retrieval=1", "--gate", "column=1", "--gate", "rank=0"]
-    rows = table().slice(0, 30).to_pylist()
-    items = [{k: str(v) if k == "released" else v for k, v in row.items() if v is not None} for row in rows]
-    with RealService(tmp_path, workplace / "registry") as service:
-        assert service.client.post("/v1/items", json={"items": items}).json()["created"] == 30
-        before = service.client.post("/v1/similar", json={"id": "film-3", "k": 5}).json()
-        grow(workplace)
-        done = retrain(workplace, "--url", f"http://127.0.0.1:{service.port}", *tolerant)
-        assert done.exit_code == 0, done.output
-        after = service.client.post("/v1/similar", json={"id": "film-3", "k": 5}).json()
-    assert (before["model"], after["model"]) == ("films@1", "films@2")
-    assert len(after["neighbors"]) == 5 and before["fingerprint"] != after["fingerprint"]
-    assert aliases(workplace) == {"champion": 2, "previous": 1}
 
 
 @pytest.mark.slow
