@@ -1,6 +1,7 @@
 """The HTTP API: what each call does, and the table of all of them."""
 
 import asyncio
+import sys
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -402,9 +403,11 @@ class Api:
         return encoded
 
     def _stored(self, request: Request, operation: str, began: float) -> None:
-        """Notes a call to the store, whether it went well or not."""
+        """Notes a call to the store, whether it went well or not: called in a `finally`."""
         request.took("store", began)
         self._metrics.store(operation, perf_counter() - began)
+        if isinstance(sys.exception(), StoreUnavailable):
+            self._metrics.store_error(operation)
 
     async def _described(self, name: str) -> dict[str, Any]:
         """A model as the registry and the store know it."""

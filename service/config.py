@@ -61,7 +61,7 @@ class ServiceConfig(BaseSettings):
     """The model that a request means which names none; None: the only one in the registry."""
 
     versions_kept: PositiveInt = 4
-    """Pinned versions that a replica holds besides the champion; one with 20,000 labels takes some 10 MB."""
+    """Pinned versions that a replica holds besides the champion; the films' takes 18 MB."""
 
     registry_poll_seconds: PositiveFloat = 2.0
     """A replica that missed a switch, since it was starting, is behind for this long at most."""
@@ -94,7 +94,7 @@ class ServiceConfig(BaseSettings):
     """Room for `max_items` items of 2 kB."""
 
     max_items: PositiveInt = 4096
-    """A batch of this size takes some 20 ms; beyond 1,024 items a batch no longer gets cheaper an item."""
+    """Bounds what one request computes before others get their turn."""
 
     max_labels: PositiveInt = 4096
     """Labels in one set. Real items have tens."""
@@ -106,7 +106,7 @@ class ServiceConfig(BaseSettings):
     max_exclude: PositiveInt = 1000
 
     max_in_flight: PositiveInt = 256
-    """Requests that one replica takes on at once; the next is answered 429. At 4,000/s a wait of 64 ms."""
+    """Requests that one replica takes on at once; the next is answered 429."""
 
     # Its processes
 

@@ -6,7 +6,6 @@ snapshot of each node; where a node does not answer it is `Incomplete`, since a 
 Prometheus like counters that were reset.
 """
 
-import os
 import re
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +19,12 @@ from prometheus_client.core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from itemvec.errors import ConfigError, StoreUnavailable
+from service.processes import is_alive
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-"""Bounds of the histograms: one item takes 0.3 ms on an idle machine, a full batch some 20."""
+"""Bounds of the histograms: from under one item's time to the longest that a caller waits."""
 
 Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
@@ -242,16 +242,6 @@ def _families(registry: CollectorRegistry, help_texts: Mapping[str, str]) -> lis
 def _forget_dead(directory: Path) -> None:
     for file in directory.glob("gauge_live*_*.db"):
         owner = re.fullmatch(r"gauge_live\w*_(\d+)", file.stem)
-        if owner is not None and not _alive(int(owner[1])):
+        if owner is not None and not is_alive(int(owner[1])):
             with suppress(FileNotFoundError):  # another replica was faster
                 file.unlink()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -25,6 +25,7 @@ from typing import Any, Self
 import redis
 
 from itemvec.errors import ConfigError
+from service.processes import is_alive
 
 # A child of ours in its own session does not see the Ctrl-C of the terminal: the service, which still writes,
 # stops it. Nor may it outlive us: Linux signals it when its parent dies. (It does so when the *thread* ends
@@ -265,7 +266,7 @@ class _Lock:
                 server, owner, _ = self._read()
                 # Without its owner it is being stopped, and only needs the time to write its data. An owner
                 # that was killed just now may still count as alive, until its own parent has noticed.
-                if time.monotonic() - start > (1.0 if _alive(owner) else 20.0):
+                if time.monotonic() - start > (1.0 if is_alive(owner) else 20.0):
                     os.close(self.fd)
                     raise ConfigError(
                         f"{path.parent} is in use by the redis-server with pid {server}, started by pid "
@@ -295,13 +296,3 @@ class _Lock:
             with contextlib.suppress(OSError):
                 (folder / "redis.sock").unlink(missing_ok=True)
                 folder.rmdir()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

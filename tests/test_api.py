@@ -481,6 +481,8 @@ async def test_without_redis_encoding_goes_on_and_the_store_says_when_to_return(
         assert_problem(await post(service, "/v1/items", {"items": [{"id": "x", **TOY}]}), 503)
         assert_problem(await post(service, "/v1/similar", {"item": TOY}), 503)
         assert_problem(await service.client.put("/v1/models/toys/aliases/champion", json={"version": 2}), 503)
+        counted = (await service.client.get("/metrics")).text
+        assert 'itemvec_store_errors_total{operation="get"} 6.0' in counted
         body = (await post(service, "/v1/embeddings", {"input": [TOY]})).json()
         assert body["degraded"] is True
         assert len(body["data"][0]["embedding"]) == DIM
