@@ -96,6 +96,15 @@ class DenseSlot:
     start: int
     width: int
 
+    targets: int
+    """How many of its floats, from the first, the decoder reads back; those between them and the flag say the same in
+    another way."""
+
+    @property
+    def flag(self) -> int:
+        """The place of the missing flag."""
+        return self.start + self.width - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -416,6 +425,11 @@ class DenseColumn(ABC):
     feature: Feature
     width: int
 
+    @property
+    def targets(self) -> int:
+        """How many of them, from the first, the decoder reads back."""
+        return self.width - 1
+
     @abstractmethod
     def encode(self, values: Sequence[Any], notes: _Notes) -> npt.NDArray[np.float32]:
         """(n, width)"""
@@ -582,7 +596,7 @@ class FeatureTransform:
             bags.append(BagSlot(bag.feature.name, bag.feature.kind, base, bag.rows))
             base += bag.rows
         for column in self._dense:
-            dense.append(DenseSlot(column.feature.name, column.feature.kind, start, column.width))
+            dense.append(DenseSlot(column.feature.name, column.feature.kind, start, column.width, column.targets))
             start += column.width
         return Layout(tuple(bags), tuple(dense))
 

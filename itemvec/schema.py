@@ -48,6 +48,9 @@ class Feature(BaseModel):
     weight: NonNegativeFloat = 1.0
     """How much this column counts in the training loss against the others; 0 leaves it an input only."""
 
+    filterable: bool = False
+    """Whether queries for similar items may be filtered by this column; each such column adds to the index."""
+
     @property
     def json_type(self) -> dict[str, Any]:
         """JSON Schema of one value, `null` (missing) aside."""
@@ -64,6 +67,10 @@ class _Labels(Feature):
 
     max_labels: PositiveInt = 1_000_000
     """The most frequent labels that are kept; the rest share the out-of-vocabulary row. Bounds the table's memory."""
+
+    labels: tuple[Label, ...] | None = Field(default=None, min_length=1)
+    """The vocabulary, in its order, where it is known beforehand; without it, the labels of the training rows, most
+    frequent first. `min_count` and `max_labels` say nothing about named labels."""
 
 
 class Nominal(_Labels):

@@ -185,7 +185,10 @@ class ModelVersion:
         except (OSError, ValueError, RuntimeError, SchemaError, safetensors.SafetensorError) as error:
             raise VersionCorrupt(ref, " ".join(str(error).split())) from None
         model = cls(manifest, transform, encoder.to(device), decoder.to(device), evaluation)
-        if (now := fingerprint(transform, encoder)) != manifest.fingerprint:
+        # Another release may have more settings, and so another fingerprint of the same vectors: there the sha256s and
+        # the golden items have to do.
+        same_release = manifest.itemvec_version == itemvec.__version__
+        if same_release and (now := fingerprint(transform, encoder)) != manifest.fingerprint:
             raise VersionCorrupt(ref, f"its fingerprint is {now}, the manifest says {manifest.fingerprint}")
         model._replay(folder / "golden.parquet")
         return model
@@ -206,7 +209,8 @@ class ModelVersion:
 
 def fingerprint(transform: FeatureTransform, encoder: ItemEncoder) -> str:
     """16 hex digits; the same for the same columns, fitted numbers, network and weights, whatever the file formats."""
-    inputs = [feature.model_dump(mode="json", exclude={"weight"}) for feature in transform.schema.features]
+    aside = {"weight", "filterable"}  # do not change a vector
+    inputs = [feature.model_dump(mode="json", exclude=aside) for feature in transform.schema.features]
     sha = hashlib.sha256(json.dumps([inputs, encoder.config.model_dump(mode="json")], sort_keys=True).encode())
     sha.update(transform.digest().encode())
     for name, tensor in sorted(encoder.state_dict().items()):

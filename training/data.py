@@ -147,7 +147,7 @@ def _arrays(batch: Batch, layout: Layout) -> dict[str, npt.NDArray[Any]]:
     dense = np.zeros((len(batch) + 2, layout.dense_width), np.float32)
     dense[: len(batch)] = batch.dense
     for slot in layout.dense:
-        dense[-2:, slot.start + slot.width - 1] = 1.0  # an unseen number is a missing one
+        dense[-2:, slot.flag] = 1.0  # an unseen number is a missing one
     lengths = np.concatenate([batch.lengths.ravel(), np.ones(2 * bags, np.int32)])
     ends = np.cumsum(batch.lengths.ravel(), dtype=np.int64)
     weights = np.ones((len(batch) + 2, bags), np.float32)
@@ -248,7 +248,7 @@ class Marginals:
             torch.zeros(some.shape[1], dtype=torch.float64),
         )
         for slot in layout.dense:
-            flag = slot.start + slot.width - 1
+            flag = slot.flag
             present = some[:, flag] == 0
             share = (1 - present.double().mean()).clamp(1e-4, 1 - 1e-4)
             centre[flag] = share

@@ -227,7 +227,7 @@ class _Tally:
 
     def _dense(self, answer: Tensor, truth: Tensor, slot: DenseSlot) -> None:
         self.loss += float(dense_loss(slot, answer, truth).sum())
-        present = truth[:, slot.start + slot.width - 1] == 0
+        present = truth[:, slot.flag] == 0
         value = truth[present, slot.start].double()
         # Standardised over the training rows: the spread around 0 is the variance that R2 is a share of.
         self.there += float((value**2).sum())

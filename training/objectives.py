@@ -142,7 +142,7 @@ class Reconstruct(nn.Module):
                     self.decoder.row_bias[steps] = torch.logit((self.count[steps] + 0.5) / (ranked + 1))
             if self.decoder.dense_head is not None:
                 self.decoder.dense_head.bias.copy_(self.centre)
-                flags = [dense.start + dense.width - 1 for dense in self.layout.dense]
+                flags = [dense.flag for dense in self.layout.dense]
                 self.decoder.dense_head.bias[flags] = torch.logit(self.centre[flags])
 
     def _weight(self, slot: BagSlot | DenseSlot) -> float:
@@ -194,7 +194,10 @@ class Reconstruct(nn.Module):
 
 def constant_losses(layout: Layout, marginals: Marginals) -> dict[str, float]:
     """Per column the loss of the best constant answer, per training item: the entropy of its marginals."""
-    constant = {slot.name: float(marginals.spread[slot.start : slot.start + slot.width].sum()) for slot in layout.dense}
+    constant = {
+        slot.name: float(marginals.spread[slot.start : slot.start + slot.targets].sum() + marginals.spread[slot.flag])
+        for slot in layout.dense
+    }
     for slot in layout.bags:
         count = marginals.count[slot.base : slot.base + slot.rows].double()
         share = count / marginals.n
@@ -219,9 +222,10 @@ def ordinal_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 def dense_loss(slot: DenseSlot, predicted: Tensor, truth: Tensor) -> Tensor:
     """A dense column's floats where it is present, and its missing flag. -> (n,)"""
-    flag = slot.start + slot.width - 1
-    values = losses.numeric(predicted[:, slot.start : flag], truth[:, slot.start : flag])
-    return torch.where(truth[:, flag] == 0, values, 0.0) + losses.presence(predicted[:, flag], truth[:, flag])
+    read = slice(slot.start, slot.start + slot.targets)
+    values = losses.numeric(predicted[:, read], truth[:, read])
+    missing = truth[:, slot.flag]
+    return torch.where(missing == 0, values, 0.0) + losses.presence(predicted[:, slot.flag], missing)
 
 
 def _entropy(share: Tensor) -> Tensor:
