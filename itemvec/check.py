@@ -1,6 +1,7 @@
 """What is wrong with an item table, column by column, before anything is trained on it."""
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from itemvec.errors import SchemaMismatch
-from itemvec.schema import Feature, FeatureSchema, Multi, Nominal, Numeric, Ordinal, Text, Timestamp
+from itemvec.schema import (
+    Feature,
+    FeatureSchema,
+    Multi,
+    Nominal,
+    Numeric,
+    Ordinal,
+    Series,
+    Text,
+    Timestamp,
+    Vector,
+)
 from itemvec.values import MAX_ID_BYTES, PYTHON_TYPES, canonical, unix_seconds
 
 
@@ -103,24 +115,29 @@ def _check_feature(table: pa.Table, feature: Feature) -> Said:
 def _check_labels(column: pa.ChunkedArray, feature: Any) -> Said:
     if isinstance(feature, Multi):
         column = flat_labels(column, feature)
-    if len(column.drop_null()) == 0:
+    column = column.drop_null()
+    if len(column) == 0:
         yield "error", "every set is empty: there is nothing to learn"
         return
-    counts = pc.value_counts(column.drop_null())
-    kept = pc.greater_equal(counts.field("counts"), feature.min_count)
-    labels, shared = len(counts), pc.sum(kept).as_py() or 0
-    if shared == 0:
-        yield (
-            "error",
-            f"none of its {labels} labels occurs {feature.min_count} times (min_count): there is nothing to learn",
-        )
-        return
-    if labels == 1:
+    counts = pc.value_counts(column)
+    if len(counts) == 1:
         yield (
             "warning",
             f"its only label is {counts.field('values')[0].as_py()!r}: it tells no two items apart",
         )
-    rare = 1 - pc.sum(counts.filter(kept).field("counts")).as_py() / pc.sum(counts.field("counts")).as_py()
+    if feature.labels is not None:
+        yield from _check_named(counts.field("values").to_pylist(), feature.labels, "labels", feature.hash_buckets > 0)
+        return
+    if feature.hash_buckets:
+        return  # rare labels have rows to share
+    kept = pc.greater_equal(counts.field("counts"), feature.min_count)
+    if not pc.any(kept).as_py():
+        yield (
+            "error",
+            f"none of its {len(counts)} labels occurs {feature.min_count} times (min_count): there is nothing to learn",
+        )
+        return
+    rare = 1 - pc.sum(counts.filter(kept).field("counts")).as_py() / len(column)
     if rare > 0.2:
         yield (
             "warning",
@@ -128,27 +145,37 @@ def _check_labels(column: pa.ChunkedArray, feature: Any) -> Said:
         )
 
 
-def _check_ordinal(column: pa.ChunkedArray, feature: Ordinal) -> Said:
-    order = {canonical(label) for label in feature.order}
-    counts = pc.value_counts(column.drop_null())
-    strange = [v for v in counts.field("values").to_pylist() if canonical(v) not in order]
-    if len(strange) == len(counts):
-        yield (
-            "error",
-            f"none of its labels stands in the order {list(feature.order)}: it has {_examples(strange)}",
-        )
-    elif strange:
+def _check_named(present: list[Any], named: Sequence[Any], setting: str, shared: bool = False) -> Said:
+    """Labels of a table against those that the schema names."""
+    there = {key for label in present if (key := canonical(label)) is not None}
+    known = [canonical(label) for label in named]
+    strange = sorted(there.difference(known))
+    if len(strange) == len(there):
+        yield "error", f"none of its labels stands in the {setting} {_examples(named)}: it has {_examples(strange)}"
+        return
+    if strange:
+        become = "share the hash buckets" if shared else "count as out-of-vocabulary"
+        yield "warning", f"{len(strange)} labels are not in the {setting} and {become}: {_examples(strange)}"
+    if unseen := [label for label in known if label not in there]:
         yield (
             "warning",
-            f"{len(strange)} labels are not in the order and count as out-of-vocabulary: {_examples(strange)}",
+            f"{len(unseen)} of the {setting} are on no row, and nothing is learned of them: {_examples(unseen)}",
         )
 
 
-def _check_numeric(column: pa.ChunkedArray, feature: Numeric) -> Said:
+def _check_ordinal(column: pa.ChunkedArray, feature: Ordinal) -> Said:
+    yield from _check_named(column.drop_null().unique().to_pylist(), feature.order, "order")
+
+
+LARGEST = 1e100
+"""The square of a number far beyond is no float any more, and its deviation none either."""
+
+
+def _check_numeric(column: pa.ChunkedArray, feature: Numeric | Series) -> Said:
     values = column.cast(pa.float64(), safe=False).drop_null()
-    infinite = pc.sum(pc.is_inf(values)).as_py() or 0
-    if infinite:
-        yield "error", f"{infinite} values are infinite"
+    endless = pc.sum(pc.greater(pc.abs(values), LARGEST)).as_py() or 0
+    if endless:
+        yield "error", f"{endless} values are infinite or beyond {LARGEST:g}"
         return
     extent = pc.min_max(values.filter(pc.invert(pc.is_nan(values))))
     low, high = extent["min"].as_py(), extent["max"].as_py()
@@ -160,9 +187,46 @@ def _check_numeric(column: pa.ChunkedArray, feature: Numeric) -> Said:
         yield "warning", f"every value is {low:g}: it tells no two items apart"
 
 
+def _check_series(column: pa.ChunkedArray, feature: Series) -> Said:
+    yield from _check_numeric(pc.list_flatten(column), feature)
+    lengths = pc.list_value_length(column)
+    longer = pc.sum(pc.greater(lengths, feature.max_length)).as_py() or 0
+    if longer:
+        yield (
+            "warning",
+            f"{longer} series are longer than max_length {feature.max_length}: their oldest part is not read",
+        )
+
+
+def _check_vector(column: pa.ChunkedArray, feature: Vector) -> Said:
+    sizes = pc.list_value_length(column.drop_null())
+    others = sizes.filter(pc.not_equal(sizes, feature.size))
+    if len(others):
+        yield "error", f"{len(others)} vectors have not the size {feature.size}, but {_examples(others.unique())}"
+        return
+    inside = pc.list_flatten(column)
+    numbers = pc.sum(pc.less_equal(pc.abs(inside.cast(pa.float64(), safe=False)), LARGEST)).as_py() or 0
+    if numbers < len(inside):
+        yield (
+            "error",
+            f"{len(inside) - numbers} numbers inside are null, NaN, infinite or beyond {LARGEST:g}; a vector has none",
+        )
+        return
+    extent = pc.min_max(inside)
+    if extent["min"] == extent["max"]:
+        yield "warning", f"every number is {extent['min'].as_py():g}: it tells no two items apart"
+
+
+MILLISECONDS = 1e11
+"""Unix seconds of the year 5138: a larger number was meant as milliseconds."""
+
+
 def _check_timestamp(column: pa.ChunkedArray, feature: Timestamp) -> Said:
-    if pa.types.is_floating(column.type):
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
         yield from _check_numeric(column, Numeric(name=feature.name))
+        largest = pc.max(column.cast(pa.float64(), safe=False)).as_py()
+        if largest is not None and MILLISECONDS < largest < float("inf"):
+            yield "warning", f"numbers are Unix seconds, and the largest is {largest:g}: are these milliseconds?"
     if not _is_text(column.type):
         return
     unread = []
@@ -182,6 +246,8 @@ def _check_text(column: pa.ChunkedArray, feature: Text) -> Said:
     empty = pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)).as_py() or 0
     if empty + column.null_count == len(column):
         yield "error", "every text is empty: there is nothing to learn"
+    if feature.sentence_encoder is not None and importlib.util.find_spec("sentence_transformers") is None:
+        yield "error", f"sentence_encoder {feature.sentence_encoder!r} wants: pip install sentence-transformers"
 
 
 _KIND_CHECKS: dict[type[Feature], Any] = {
@@ -191,6 +257,8 @@ _KIND_CHECKS: dict[type[Feature], Any] = {
     Numeric: _check_numeric,
     Timestamp: _check_timestamp,
     Text: _check_text,
+    Series: _check_series,
+    Vector: _check_vector,
 }
 
 
@@ -221,12 +289,15 @@ def _wrong_type(arrow: pa.DataType, feature: Feature) -> str | None:
         fits = any(_is_dtype(arrow, dtype) for dtype in dtypes)
         wants = f"{' or '.join(sorted(dtypes))} labels as in its order"
     elif isinstance(feature, Numeric):
-        fits = pa.types.is_integer(arrow) or pa.types.is_floating(arrow) or pa.types.is_decimal(arrow)
+        fits = _is_number(arrow)
         wants = "numbers"
     elif isinstance(feature, Timestamp):
         moments = pa.types.is_date(arrow) or pa.types.is_timestamp(arrow)
         fits = moments or _is_text(arrow) or pa.types.is_integer(arrow) or pa.types.is_floating(arrow)
         wants = "dates, times, ISO 8601 text or Unix seconds"
+    elif isinstance(feature, Series | Vector):
+        fits = is_numbers(arrow)
+        wants = "a list of numbers"
     else:
         fits = _is_text(arrow)
         wants = "text"
@@ -239,6 +310,15 @@ def _is_text(arrow: pa.DataType) -> bool:
 
 def _is_list(arrow: pa.DataType) -> bool:
     return bool(pa.types.is_list(arrow) or pa.types.is_large_list(arrow) or pa.types.is_fixed_size_list(arrow))
+
+
+def _is_number(arrow: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(arrow) or pa.types.is_floating(arrow) or pa.types.is_decimal(arrow))
+
+
+def is_numbers(arrow: pa.DataType) -> bool:
+    """Whether a column of this type holds lists of numbers."""
+    return _is_list(arrow) and _is_number(arrow.value_type)
 
 
 def _is_dtype(arrow: pa.DataType, dtype: str) -> bool:

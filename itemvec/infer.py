@@ -10,9 +10,9 @@ import pyarrow.types as at
 import yaml
 from pydantic import ValidationError
 
-from itemvec.check import undictionaried
+from itemvec.check import LARGEST, is_numbers, undictionaried
 from itemvec.errors import TableError
-from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal, Numeric, Text, Timestamp
+from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal, Numeric, Series, Text, Timestamp, Vector
 from itemvec.values import unix_seconds
 
 SEPARATORS = ("|", ";", ", ", ",", "/")
@@ -114,20 +114,59 @@ def _gaps(column: pa.ChunkedArray) -> str:
 
 
 def _choose_list(name: str, kind: pa.DataType, present: pa.ChunkedArray) -> Choice:
-    inner, labels = kind.value_type, pc.list_flatten(present).drop_null()
-    if not (_is_text(inner) or at.is_integer(inner)):
-        return Choice(name, None, f"a list of {inner} is not read")
-    if len(labels) == 0:
+    inner, values = kind.value_type, pc.list_flatten(present).drop_null()
+    if len(values) == 0:
         return Choice(name, None, "every list is empty")
-    distinct = pc.count_distinct(labels).as_py()
-    reason = f"lists, {len(labels) / len(present):.1f} labels each, {distinct} different"
+    if not (_is_text(inner) or is_numbers(kind)):
+        return Choice(name, None, f"a list of {inner} is not read")
+    distinct = pc.count_distinct(values).as_py()
+    if is_numbers(kind) and not (at.is_integer(inner) and distinct <= 0.5 * len(values) and _are_sets(present)):
+        return _choose_numbers(name, kind, present, values)
+    reason = f"lists, {len(values) / len(present):.1f} labels each, {distinct} different"
     return Choice(name, Multi(name=name, dtype="string" if _is_text(inner) else "integer"), reason)
+
+
+SMALLEST_VECTOR = 16
+"""Lists of numbers of one and the same length: from so many on they are rather an embedding than a course."""
+
+
+def _choose_numbers(name: str, kind: pa.DataType, present: pa.ChunkedArray, values: pa.ChunkedArray) -> Choice:
+    values = values.cast(pa.float64(), safe=False)
+    values = values.filter(pc.invert(pc.is_nan(values)))
+    if len(values) == 0:
+        return Choice(name, None, "every list is empty")
+    if pc.any(pc.greater(pc.abs(values), LARGEST)).as_py():
+        return Choice(name, None, f"some numbers are infinite or beyond {LARGEST:g}")
+    gapless = len(values) == len(pc.list_flatten(present))
+    extent = pc.min_max(pc.list_value_length(present))
+    shortest, longest = extent["min"].as_py(), extent["max"].as_py()
+    if shortest == longest and gapless and (longest >= SMALLEST_VECTOR or at.is_fixed_size_list(kind)):
+        return Choice(name, Vector(name=name, size=longest), f"lists of {longest} numbers each: a ready embedding")
+    lengths = f"lists of {shortest} to {longest} numbers" if shortest < longest else f"lists of {longest} numbers each"
+    if _is_wide(values):
+        reason = f"{lengths}, and most of it is in a few large values"
+        return Choice(name, Series(name=name, scale="log"), reason)
+    return Choice(name, Series(name=name), f"{lengths}, in time order if it is a series")
+
+
+def _are_sets(present: pa.ChunkedArray) -> bool:
+    """Whether none comes twice in a list, as in a set of labels; in a course of amounts many do."""
+    lists = [values for values in present.slice(0, SAMPLE).to_pylist() if len(values) > 1]
+    return sum(len(set(values)) < len(values) for values in lists) <= 0.1 * len(lists)
+
+
+def _is_wide(values: pa.ChunkedArray) -> bool:
+    """Whether numbers are amounts over orders of magnitude: none negative, the mean far above the median."""
+    extent = pc.min_max(values)
+    low, high = extent["min"].as_py(), extent["max"].as_py()
+    median, mean = pc.quantile(values, 0.5)[0].as_py(), pc.mean(values).as_py()
+    return bool(low >= 0 and high > 100 and mean > 2 * median)
 
 
 def _choose_number(name: str, kind: pa.DataType, present: pa.ChunkedArray, distinct: int, gaps: str) -> Choice:
     values = present.cast(pa.float64(), safe=False)
-    if pc.any(pc.is_inf(values)).as_py():
-        return Choice(name, None, "some values are infinite")
+    if pc.any(pc.greater(pc.abs(values), LARGEST)).as_py():
+        return Choice(name, None, f"some values are infinite or beyond {LARGEST:g}")
     extent = pc.min_max(values)
     low, high = extent["min"].as_py(), extent["max"].as_py()
     if at.is_integer(kind) and name.lower().endswith(("_id", "_code", "_key")):
@@ -138,9 +177,8 @@ def _choose_number(name: str, kind: pa.DataType, present: pa.ChunkedArray, disti
             Nominal(name=name, dtype="integer"),
             f"whole numbers named like a code, {distinct} different{gaps}",
         )
-    median, mean = pc.quantile(values, 0.5)[0].as_py(), pc.mean(values).as_py()
     extent_text = f"{low:g} to {high:g}, {distinct} different{gaps}"
-    if low >= 0 and high > 100 and mean > 2 * median:
+    if _is_wide(values):
         return Choice(name, Numeric(name=name, scale="log"), f"{extent_text}, and most of it is in a few large values")
     return Choice(name, Numeric(name=name), extent_text)
 

@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     StringConstraints,
     ValidationError,
@@ -30,7 +31,7 @@ from pydantic import (
 )
 
 from itemvec.errors import SchemaError
-from itemvec.values import canonical
+from itemvec.values import PYTHON_TYPES, canonical
 
 Label = str | int | bool
 Dtype = Literal["string", "integer", "boolean"]
@@ -65,12 +66,31 @@ class _Labels(Feature):
     """Labels of fewer training items share the out-of-vocabulary row. A label of one item alone cannot make two
     items similar, and what it gives up trains the row that every new label will use."""
 
-    max_labels: PositiveInt = 1_000_000
+    max_labels: NonNegativeInt = 1_000_000
     """The most frequent labels that are kept; the rest share the out-of-vocabulary row. Bounds the table's memory."""
 
     labels: tuple[Label, ...] | None = Field(default=None, min_length=1)
     """The vocabulary, in its order, where it is known beforehand; without it, the labels of the training rows, most
     frequent first. `min_count` and `max_labels` say nothing about named labels."""
+
+    hash_buckets: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """Rows that the labels outside the vocabulary share by their hash, instead of all sharing the one
+    out-of-vocabulary row. For columns in which most labels are rare or new and still not all alike; with
+    `max_labels: 0` there is no vocabulary and every label is hashed."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, labels: tuple[Label, ...] | None) -> tuple[Label, ...] | None:
+        return None if labels is None else _distinct(labels, "the labels name")
+
+    @model_validator(mode="after")
+    def _labels_have_rows(self) -> "_Labels":
+        for label in self.labels or ():
+            if type(label) is not PYTHON_TYPES[self.dtype]:
+                raise ValueError(f"the labels are of dtype {self.dtype}, and {label!r} is not")
+        if self.max_labels == 0 and self.labels is None and self.hash_buckets == 0:
+            raise ValueError("max_labels: 0 keeps no label; give hash_buckets for them to share")
+        return self
 
 
 class Nominal(_Labels):
@@ -113,9 +133,7 @@ class Ordinal(Feature):
     @field_validator("order")
     @classmethod
     def _labels_are_distinct(cls, order: tuple[Label, ...]) -> tuple[Label, ...]:
-        if len({(type(x), canonical(x)) for x in order}) < len(order):
-            raise ValueError("the order names a label twice")
-        return order
+        return _distinct(order, "the order names")
 
     @property
     def json_type(self) -> dict[str, Any]:
@@ -128,8 +146,16 @@ class Numeric(Feature):
 
     kind: Literal["numeric"] = "numeric"
 
-    scale: Literal["standard", "log", "quantile"] = "standard"
-    """`log` for amounts over orders of magnitude (needs values >= 0), `quantile` where only the rank matters."""
+    scale: Literal["standard", "log", "quantile", "piecewise"] = "standard"
+    """`log` for amounts over orders of magnitude (needs values >= 0), `quantile` where only the rank matters,
+    `piecewise` where what a value means changes along the range (a year, a price): a float per bin beside the value."""
+
+    bins: Annotated[int, Field(ge=2, le=256)] = 16
+    """Of `scale: piecewise`: bins of equally many training items, fewer where values are often the same."""
+
+    clip: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of training values at each end that is beyond the range: 0.01 keeps a few absurd values from
+    squeezing all others together."""
 
     @property
     def json_type(self) -> dict[str, Any]:
@@ -159,7 +185,10 @@ class Timestamp(Feature):
 
 
 class Text(Feature):
-    """Free text as a bag of hashed words and character n-grams (Bojanowski et al. 2017): no vocabulary, no download."""
+    """Free text as a bag of hashed words and character n-grams (Bojanowski et al. 2017): no vocabulary, no download.
+
+    Or, with a sentence encoder that the user installs, as the vector that it gives.
+    """
 
     kind: Literal["text"] = "text"
 
@@ -175,6 +204,10 @@ class Text(Feature):
     max_characters: PositiveInt = 2_000
     """Text beyond is not read: it bounds the time that one item can take."""
 
+    sentence_encoder: str | None = Field(default=None, min_length=1)
+    """Name or folder of a model for `sentence_transformers.SentenceTransformer`. Its vector stands instead of the
+    n-grams, and `buckets`, `words` and `characters` say nothing: it knows what words mean, and costs milliseconds."""
+
     @field_validator("characters")
     @classmethod
     def _ngrams_have_a_range(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -184,7 +217,7 @@ class Text(Feature):
 
     @model_validator(mode="after")
     def _reads_something(self) -> "Text":
-        if self.words == 0 and self.characters is None:
+        if self.words == 0 and self.characters is None and self.sentence_encoder is None:
             raise ValueError("words: 0 and characters: null leave nothing to read")
         return self
 
@@ -193,8 +226,50 @@ class Text(Feature):
         return {"type": "string"}
 
 
-AnyFeature = Annotated[Nominal | Ordinal | Multi | Numeric | Timestamp | Text, Field(discriminator="kind")]
-KINDS = ("nominal", "ordinal", "multi", "numeric", "timestamp", "text")
+class Series(Feature):
+    """Numbers in time order, oldest first, any length: a week of views, a year of sales. `null` inside is a gap."""
+
+    kind: Literal["series"] = "series"
+
+    scale: Literal["standard", "log"] = "standard"
+    """`log` for amounts over orders of magnitude (needs values >= 0)."""
+
+    points: Annotated[int, Field(ge=1, le=256)] = 8
+    """Numbers that its course is summed up in: means of equal parts, whatever the length."""
+
+    max_length: PositiveInt = 10_000
+    """Of a longer series the newest numbers are read: it bounds the time that one item can take."""
+
+    @property
+    def json_type(self) -> dict[str, Any]:
+        return {"type": "array", "items": {"type": ["number", "null"]}}
+
+
+class Vector(Feature):
+    """A ready embedding of fixed size, such as an image's. It is centred and scaled as a whole, so its angles stay."""
+
+    kind: Literal["vector"] = "vector"
+
+    size: Annotated[int, Field(ge=1, le=65_536)]
+    """Numbers in the vector; one of another size is refused."""
+
+    @property
+    def json_type(self) -> dict[str, Any]:
+        return {"type": "array", "items": {"type": "number"}, "minItems": self.size, "maxItems": self.size}
+
+
+def _distinct(labels: tuple[Label, ...], they: str) -> tuple[Label, ...]:
+    if any(canonical(label) is None for label in labels):
+        raise ValueError(f"{they} an empty label, which is a missing value")
+    if len({(type(label), canonical(label)) for label in labels}) < len(labels):
+        raise ValueError(f"{they} a label twice")
+    return labels
+
+
+AnyFeature = Annotated[
+    Nominal | Ordinal | Multi | Numeric | Timestamp | Text | Series | Vector, Field(discriminator="kind")
+]
+KINDS = ("nominal", "ordinal", "multi", "numeric", "timestamp", "text", "series", "vector")
 
 
 class FeatureSchema(BaseModel):
@@ -308,7 +383,7 @@ def _in_one_line(error: ValidationError, content: dict[str, Any]) -> str:
     names = list(features) if isinstance(features, dict) else []
     sentences = []
     for mistake in error.errors():
-        if mistake["type"] == "too_short" and names:
+        if mistake["loc"] == ("features",) and mistake["type"] == "too_short" and names:
             continue  # every feature failed and was counted out; its own sentence says why
         where = [str(part) for part in mistake["loc"] if part not in KINDS]
         if len(where) > 1 and where[0] == "features" and where[1].isdigit() and int(where[1]) < len(names):

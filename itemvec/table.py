@@ -94,9 +94,15 @@ def rows(
 
 
 def _as_json(column: pa.Array) -> list[Any]:
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # Python's own times end at microseconds
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
     values: list[Any] = column.to_pylist()
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         return [None if v is None else v.isoformat() for v in values]
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        if pa.types.is_floating(column.type.value_type) or pa.types.is_decimal(column.type.value_type):
+            return [None if v is None else [None if x is None or x != x else float(x) for x in v] for v in values]
+        return values
     if pa.types.is_decimal(column.type):
         return [None if v is None else float(v) for v in values]
     if pa.types.is_floating(column.type):

@@ -1,6 +1,7 @@
-"""The values of an item: when two labels are the same, and how a moment is read."""
+"""The values of an item: when two labels are the same, which bucket a text falls into, and how a moment is read."""
 
 import unicodedata
+import zlib
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -18,6 +19,19 @@ def canonical(label: Any) -> Any:
     if isinstance(label, str):
         return unicodedata.normalize("NFC", label).strip() or None
     return label
+
+
+def hashed(token: str, buckets: int) -> int:
+    """The token's bucket, 0 to buckets - 1: the same in every process, on every machine, in every version.
+
+    CRC-32 alone keeps tokens that differ in their last letter close together; the multiplication (Fibonacci hashing,
+    Knuth 1973) mixes them into the high bits, which choose.
+
+    >>> hashed("Drama", 100), hashed("Drame", 100)
+    (95, 36)
+    """
+    mixed = (zlib.crc32(token.encode("utf-8", "surrogatepass")) * 0x9E3779B1) & 0xFFFFFFFF
+    return mixed * buckets >> 32
 
 
 def unix_seconds(value: str | float | date) -> float | None:

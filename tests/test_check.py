@@ -27,6 +27,7 @@ def findings(column, kind, **more):
         (pa.array(["x", "y"]), "ordinal", {"order": "[a, b]"}, "none of its labels stands in the order"),
         (pa.array(["1", "2"]), "numeric", {}, "wants numbers"),
         (pa.array([1.0, float("inf")]), "numeric", {}, "1 values are infinite"),
+        (pa.array([1.0, 1e300, -1e300]), "numeric", {}, "2 values are infinite or beyond 1e+100"),
         (pa.array([float("nan")] * 2), "numeric", {}, "every value is missing"),
         (pa.array([-1.0, 1.0]), "numeric", {"scale": "log"}, "the smallest is -1"),
         (pa.array(["2001-01-01", "soon"]), "timestamp", {}, "1 values are not ISO 8601 times: 'soon'"),
@@ -35,6 +36,17 @@ def findings(column, kind, **more):
         (pa.array([1, 2]), "text", {}, "wants text"),
         (pa.array(["", " "]), "text", {}, "every text is empty"),
         (pa.array([None, None], pa.string()), "text", {}, "every value is missing"),
+        (pa.array(["a", "z"]), "nominal", {"labels": "[b, c]"}, "none of its labels stands in the labels 'b', 'c'"),
+        (pa.array([["a"], ["z"]]), "multi", {"labels": "[b]"}, "it has 'a', 'z'"),
+        (pa.array([1.0, 2.0]), "series", {}, "wants a list of numbers, this column is double"),
+        (pa.array([["1"]]), "series", {}, "wants a list of numbers, this column is list"),
+        (pa.array([[], []], pa.list_(pa.float64())), "series", {}, "every value is missing"),
+        (pa.array([[1.0], [float("inf")]]), "series", {}, "1 values are infinite"),
+        (pa.array([[1.0, -2.0]]), "series", {"scale": "log"}, "the smallest is -2"),
+        (pa.array([[1.0, 2.0], [3.0], [4.0]]), "vector", {"size": 2}, "2 vectors have not the size 2, but 1"),
+        (pa.array([[1.0, None], [1.0, float("nan")]]), "vector", {"size": 2}, "2 numbers inside are null, NaN"),
+        (pa.array([1.0, 2.0]), "vector", {"size": 2}, "wants a list of numbers"),
+        (pa.array(["a"]), "text", {"sentence_encoder": "m"}, "pip install sentence-transformers"),
     ],
 )
 def test_what_training_would_refuse_is_an_error(column, kind, more, said):
@@ -55,12 +67,39 @@ def test_what_training_would_refuse_is_an_error(column, kind, more, said):
         (pa.array([1.0, 1.0]), "numeric", {}, "every value is 1"),
         (pa.array([1.0, None, None]), "numeric", {}, "67 % of the values are missing"),
         (pa.array(["a", "b", "z"]), "ordinal", {"order": "[a, b]"}, "1 labels are not in the order"),
+        (pa.array(["a", "z"]), "nominal", {"labels": "[a, b]"}, "1 labels are not in the labels and count as out-of-"),
+        (pa.array(["a", "z"]), "nominal", {"labels": "[a]", "hash_buckets": 4}, "share the hash buckets: 'z'"),
+        (pa.array(["a", " "]), "nominal", {"labels": "[a, b]"}, "1 of the labels are on no row"),
+        (pa.array([1, 2]), "ordinal", {"order": "[1, 2, 3]"}, "1 of the order are on no row, and nothing is learned"),
+        (pa.array([1.6e12, 1.5e12]), "timestamp", {}, "the largest is 1.6e+12: are these milliseconds?"),
+        (pa.array([1600000000000, 7]), "timestamp", {}, "are these milliseconds?"),
+        (pa.array([[1.0, 1.0], [1.0]]), "series", {}, "every value is 1"),
+        (pa.array([[1, 2, 3], [4]]), "series", {"max_length": 2}, "1 series are longer than max_length 2"),
+        (pa.array([[3.0, 3.0]]), "vector", {"size": 2}, "every number is 3"),
     ],
 )
 def test_what_only_wastes_is_a_warning(column, kind, more, said):
     said_of_it = findings(column, kind, **more)
     assert said_of_it[0][0] == "ok"
     assert any(level == "warning" and said in text for level, text in said_of_it)
+
+
+def test_rare_labels_are_no_waste_where_they_have_buckets():
+    assert findings(pa.array(["a", "b", "c"]), "nominal", hash_buckets=4) == [
+        ("ok", "nominal, 3 of 3 present, 3 labels")
+    ]
+
+
+def test_named_labels_need_no_minimum_count():
+    assert [level for level, _ in findings(pa.array(["a", "b"]), "nominal", labels="[a, b]")] == ["ok"]
+
+
+def test_lists_of_any_arrow_type_and_numbers_of_any_type_are_vectors_and_series():
+    for inner in (pa.float32(), pa.int8(), pa.decimal128(5, 2), pa.uint64()):
+        for kind in (pa.list_(inner), pa.large_list(inner), pa.list_(inner, 2)):
+            column = pa.array([[1, 2], None, [3, 4]], kind)
+            for settings in ({"kind": "series"}, {"kind": "vector", "size": 2}):
+                assert findings(column, **settings)[0][0] == "ok"
 
 
 def test_a_good_column_says_what_it_holds():

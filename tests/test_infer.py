@@ -45,6 +45,34 @@ def test_an_amount_over_orders_of_magnitude_is_logarithmic():
     assert kind_of([float(10 ** (i % 6)) for i in range(N)]).feature.scale == "log"
 
 
+@pytest.mark.parametrize(
+    ("column", "kind", "why"),
+    [
+        (
+            [[float(i + j) for j in range(16)] for i in range(N)],
+            "vector",
+            "lists of 16 numbers each: a ready embedding",
+        ),
+        (pa.array([[0.5, i] for i in range(N)], pa.list_(pa.float32(), 2)), "vector", "lists of 2 numbers each"),
+        ([[float(i + j) for j in range(12)] for i in range(N)], "series", "lists of 12 numbers each"),
+        ([[1.5] * (1 + i % 5) for i in range(N)], "series", "lists of 1 to 5 numbers"),
+        ([[3, 3, i % 7] for i in range(N)], "series", "lists of 3 numbers each"),
+        ([[i, 100 + i * i] for i in range(N)], "series", "lists of 2 numbers each"),
+        ([[i % 7, 7 + i % 5] for i in range(N)], "multi", "2.0 labels each, 12 different"),
+        ([[float(i)] * 15 + [None] for i in range(N)], "series", "lists of 16 numbers each"),
+    ],
+)
+def test_lists_of_numbers_are_series_or_vectors_and_sets_where_whole_numbers_are_shared(column, kind, why):
+    choice = kind_of(column)
+    assert choice.feature.kind == kind and why in choice.reason
+    if kind == "vector":
+        assert choice.feature.size == len(column[0])
+
+
+def test_a_series_over_orders_of_magnitude_is_logarithmic():
+    assert kind_of([[10.0 ** (i % 6)] for i in range(N)]).feature.scale == "log"
+
+
 def test_whole_numbers_named_like_a_code_are_labels():
     table = pa.table({"id": IDS, "shop_id": [i % 4 for i in range(N)]})
     [choice] = infer_schema(table, "t").choices
@@ -57,7 +85,9 @@ def test_whole_numbers_named_like_a_code_are_labels():
         ([None] * N, "every value is missing"),
         (["same"] * N, "one value only"),
         ([f"https://e.x/{i}" for i in range(N)], "nothing two items share"),
-        ([[0.5, 1.5]] * N, "a list of double is not read"),
+        ([[], [None]] * 20, "every list is empty"),
+        ([[0.5, float("inf")]] * N, "some numbers are infinite"),
+        ([[b"x"]] * N, "a list of binary is not read"),
         ([b"x", b"y"] * 20, "no kind reads binary"),
         ([{"a": 1}, {"a": 2}] * 20, "no kind reads struct"),
         ([1.0, float("inf")] * 20, "infinite"),

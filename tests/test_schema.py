@@ -13,6 +13,8 @@ features:
   shown: {kind: timestamp}
   plot: {kind: text, buckets: 64}
   studio: {kind: nominal, min_count: 5}
+  views: {kind: series, points: 4}
+  poster: {kind: vector, size: 3}
 """
 
 
@@ -26,6 +28,8 @@ def test_a_schema_reads_what_it_wrote():
         "timestamp",
         "text",
         "nominal",
+        "series",
+        "vector",
     ]
 
 
@@ -45,6 +49,16 @@ def test_settings_are_written_out_so_that_a_later_default_cannot_change_a_model(
         ("{x: {kind: text, characters: [4, 2]}}", "shortest <= longest"),
         ("{i: {kind: nominal}}", "the id column 'i' cannot be a feature"),
         ("{}", "at least 1"),
+        ("{x: {kind: nominal, labels: [a, ' a']}}", "the labels name a label twice"),
+        ("{x: {kind: nominal, labels: [a, 1]}}", "the labels are of dtype string, and 1 is not"),
+        ("{x: {kind: multi, dtype: integer, labels: [1, true]}}", "the labels are of dtype integer, and True is not"),
+        ("{x: {kind: nominal, labels: [a, ' ']}}", "the labels name an empty label"),
+        ("{x: {kind: nominal, labels: []}}", "at least 1"),
+        ("{x: {kind: nominal, max_labels: 0}}", "give hash_buckets for them to share"),
+        ("{x: {kind: numeric, clip: 0.5}}", "less than 0.5"),
+        ("{x: {kind: numeric, scale: piecewise, bins: 1}}", "greater than or equal to 2"),
+        ("{x: {kind: series, points: 0}}", "greater than or equal to 1"),
+        ("{x: {kind: vector}}", "features.x.size: Field required"),
         ("{x: {kind: text}, x: {kind: numeric}}", "'x' stands twice"),
     ],
 )
@@ -79,6 +93,14 @@ def test_json_schema_names_each_feature_and_lets_it_be_null():
     films = FeatureSchema.from_yaml(FILMS).json_schema()
     assert films["properties"]["year"]["anyOf"] == [{"type": "number"}, {"type": "null"}]
     assert {"type": "string"} in films["properties"]["genres"]["anyOf"][0]["anyOf"]
+    views, poster = (films["properties"][name]["anyOf"][0] for name in ("views", "poster"))
+    assert views == {"type": "array", "items": {"type": ["number", "null"]}}
+    assert poster == {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}
+
+
+def test_a_text_with_a_sentence_encoder_needs_no_n_grams():
+    schema = "name: a\nid: i\nfeatures: {x: {kind: text, words: 0, characters: null, sentence_encoder: m}}"
+    assert FeatureSchema.from_yaml(schema).feature("x").sentence_encoder == "m"
 
 
 def test_an_unknown_feature_is_answered_with_those_there_are():

@@ -36,11 +36,24 @@ def test_rows_are_what_a_caller_would_send_as_json():
             "day": [datetime.date(1999, 3, 31), None],
             "price": [Decimal("1.50"), None],
             "score": [float("nan"), 0.5],
+            "course": [[0.5, None, float("nan")], None],
+            "counts": [[1, 2], []],
+            "prices": pa.array([None, [Decimal("1.50"), None]], pa.list_(pa.decimal128(5, 2))),
+            "seen": pa.array([1_999, None], pa.timestamp("ns")),
         }
     )
-    [(ids, items)] = rows(table, "id", ["day", "price", "score", "absent"])
+    [(ids, items)] = rows(table, "id", [*table.column_names[1:], "absent"])
     assert ids == ["1", "2"]
-    assert items == [{"day": "1999-03-31", "price": 1.5}, {"score": 0.5}]
+    assert items == [
+        {
+            "day": "1999-03-31",
+            "price": 1.5,
+            "course": [0.5, None, None],
+            "counts": [1, 2],
+            "seen": "1970-01-01T00:00:00.000001",
+        },
+        {"score": 0.5, "counts": [], "prices": [1.5, None]},
+    ]
 
 
 def test_rows_come_in_batches():

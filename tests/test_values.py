@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from itemvec.values import canonical, unix_seconds
+from itemvec.values import canonical, hashed, unix_seconds
 
 
 @given(st.text())
@@ -15,6 +15,18 @@ def test_canonical_labels_are_canonical(text):
 
 def test_an_accent_may_be_written_in_two_ways():
     assert canonical("Ame\u0301lie") == canonical("Am\u00e9lie ")
+
+
+@given(st.text(), st.integers(1, 2**24))
+def test_every_text_has_a_bucket(text, buckets):
+    assert 0 <= hashed(text, buckets) < buckets
+
+
+def test_texts_spread_evenly_over_buckets():
+    counts = [0] * 64
+    for i in range(64 * 100):
+        counts[hashed(f"actor {i}", 64)] += 1
+    assert sum((n - 100) ** 2 / 100 for n in counts) < 104  # chi-square of 63 degrees: below 104 in 999 of 1,000
 
 
 def test_one_moment_in_many_forms():

@@ -1,0 +1,216 @@
+"""Dense columns: values of numbers and times -> a few floats each.
+
+A column is fitted once, and total ever after: every value becomes `width` finite floats.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from itemvec.notes import Notes
+from itemvec.schema import AnyFeature, Numeric, Timestamp
+from itemvec.values import unix_seconds
+
+Floats = npt.NDArray[np.float64]
+
+
+class DenseColumn(ABC):
+    """A column whose values become `width` floats each, the last of which is 1 where the value is missing."""
+
+    feature: AnyFeature
+    width: int
+
+    @property
+    def targets(self) -> int:
+        """How many of them, from the first, the decoder reads back."""
+        return self.width - 1
+
+    @abstractmethod
+    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+        """(n, width)"""
+
+    @abstractmethod
+    def decode(self, floats: npt.NDArray[np.floating[Any]]) -> Any:
+        """(targets,) floats as the decoder reads them back -> the value in its own unit, as JSON; within the range of
+        the training values. None where nothing can be read back."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What was fitted, as JSON."""
+
+    def _numbers(
+        self,
+        values: Sequence[Any],
+        read: Callable[[Any], float | None],
+        expected: str,
+        low: float,
+        high: float,
+        notes: Notes,
+    ) -> Floats:
+        """(n,) the values within [low, high], NaN where missing; what was done to each is noted."""
+        name = self.feature.name
+        numbers = np.empty(len(values))
+        for i, value in enumerate(values):
+            number = None
+            if value is not None:
+                try:
+                    number = read(value)
+                except (TypeError, ValueError, OverflowError):
+                    notes.wrong(i, name, expected, value)
+            if number is None or number != number:
+                number = np.nan
+                notes.statuses[i][name] = "missing"
+            elif not low <= number <= high:
+                number = low if number < low else high
+                notes.statuses[i][name] = "clipped"
+            numbers[i] = number
+        return numbers
+
+
+def number(value: Any) -> float:
+    """Raises TypeError for what is no number, a boolean included, and OverflowError beyond the largest float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise TypeError
+    return float(value)
+
+
+QUANTILES = 257
+"""Knots of `scale: quantile`; between them ranks are interpolated."""
+
+
+class NumericColumn(DenseColumn):
+    """A number brought to mean 0 and variance 1 over the training items; 0 and a flag where it is missing.
+
+    `scale: piecewise` adds a float per bin (piecewise linear encoding, Gorishniy et al. 2022): 0 below the bin, 1 above
+    it, and linear between. A network can then bend at each edge, and the value itself is what the decoder reads back.
+    """
+
+    def __init__(
+        self, feature: Numeric, low: float, high: float, mean: float, std: float, knots: Sequence[float] = ()
+    ) -> None:
+        self.feature: Numeric = feature
+        self.low, self.high, self.mean, self.std = low, high, mean, std
+        self.knots = np.array(knots)
+        """Quantiles of the training values, each once: the edges of the bins, or where the rank is known."""
+        self._ranks = np.linspace(0, 1, len(self.knots))
+        self.bins = max(len(self.knots) - 1, 0) if feature.scale == "piecewise" else 0
+        self.width = 2 + self.bins
+
+    @property
+    def targets(self) -> int:
+        return 1
+
+    @classmethod
+    def fit(cls, feature: Numeric, column: pa.ChunkedArray) -> "NumericColumn":
+        values = column.cast(pa.float64(), safe=False).drop_null().to_numpy()  # beyond 2^53 rounded
+        values = values[~np.isnan(values)]
+        low, high = (float(end) for end in np.quantile(values, [feature.clip, 1 - feature.clip]))
+        values = values.clip(low, high)
+        knots: list[float] = []
+        if feature.scale in ("quantile", "piecewise"):
+            count = QUANTILES if feature.scale == "quantile" else feature.bins + 1
+            knots = np.unique(np.quantile(values, np.linspace(0, 1, count))).tolist()
+        fitted = cls(feature, low, high, 0.0, 1.0, knots)
+        scaled = fitted._scaled(values)
+        return cls(feature, low, high, float(scaled.mean()), float(scaled.std()) or 1.0, knots)
+
+    def _scaled(self, values: Floats) -> Floats:
+        if self.feature.scale == "log":
+            return np.log1p(values)
+        if self.feature.scale == "quantile":
+            return np.interp(values, self.knots, self._ranks)
+        return values
+
+    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+        numbers = self._numbers(values, number, "a number", self.low, self.high, notes)
+        out = np.zeros((len(values), self.width), np.float32)
+        present = ~np.isnan(numbers)
+        out[present, 0] = (self._scaled(numbers[present]) - self.mean) / self.std
+        if self.bins:
+            below, above = self.knots[:-1], self.knots[1:]
+            out[present, 1:-1] = ((numbers[present, None] - below) / (above - below)).clip(0, 1)
+        out[:, -1] = ~present
+        return out
+
+    def decode(self, floats: npt.NDArray[np.floating[Any]]) -> float:
+        scaled = float(floats[0]) * self.std + self.mean
+        if self.feature.scale == "log":
+            scaled = float(np.expm1(min(scaled, 700.0)))  # e^710 is no float any more
+        elif self.feature.scale == "quantile":
+            scaled = float(np.interp(scaled, self._ranks, self.knots))
+        return min(max(scaled, self.low), self.high)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "low": self.low, "high": self.high, "mean": self.mean, "std": self.std, "knots": self.knots.tolist(),
+        }  # fmt: skip
+
+
+YEAR = 365.2425 * 86_400
+_PERIODS = {"year": YEAR, "week": 7 * 86_400.0, "day": 86_400.0}
+
+
+class TimestampColumn(DenseColumn):
+    """A moment as its age before the newest training item (mean 0, variance 1) and a point on a circle per cycle."""
+
+    def __init__(self, feature: Timestamp, low: float, high: float, mean: float, std: float) -> None:
+        self.feature: Timestamp = feature
+        self.low, self.high, self.mean, self.std = low, high, mean, std
+        self.width = 2 + 2 * len(feature.cycles)
+
+    @classmethod
+    def fit(cls, feature: Timestamp, column: pa.ChunkedArray) -> "TimestampColumn":
+        read = (unix_seconds(value) for value in moments(column) if value is not None)
+        seconds = np.array([s for s in read if s is not None and s == s])
+        high = float(seconds.max())
+        years = (high - seconds) / YEAR
+        return cls(feature, float(seconds.min()), high, float(years.mean()), float(years.std()) or 1.0)
+
+    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+        expected = "an ISO 8601 time or Unix seconds"
+        seconds = self._numbers(values, _moment, expected, self.low, self.high, notes)
+        out = np.zeros((len(values), self.width), np.float32)
+        present = ~np.isnan(seconds)
+        out[present, 0] = ((self.high - seconds[present]) / YEAR - self.mean) / self.std
+        for c, cycle in enumerate(self.feature.cycles):
+            angle = 2 * np.pi * np.mod(seconds[present] / _PERIODS[cycle], 1.0)
+            out[present, 1 + 2 * c], out[present, 2 + 2 * c] = np.sin(angle), np.cos(angle)
+        out[:, -1] = ~present
+        return out
+
+    def decode(self, floats: npt.NDArray[np.floating[Any]]) -> str | float:
+        """ISO 8601, in UTC; Unix seconds where they are beyond the years that it can write."""
+        age = (float(floats[0]) * self.std + self.mean) * YEAR
+        seconds = min(max(self.high - age, self.low), self.high)
+        try:
+            return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+        except (ValueError, OverflowError, OSError):
+            return seconds
+
+    def state(self) -> dict[str, Any]:
+        return {"low": self.low, "high": self.high, "mean": self.mean, "std": self.std}
+
+
+def _moment(value: Any) -> float | None:
+    if isinstance(value, bool | list | dict):
+        raise TypeError
+    return unix_seconds(value)
+
+
+def moments(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column of times: Unix seconds where it holds moments, to the microsecond, else as they are."""
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("ms"))
+    if not pa.types.is_timestamp(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    units = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e6}
+    if column.type.unit == "ns":  # Python's own times, and so the JSON of an item, end at microseconds
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
+    return [None if count is None else count / units[column.type.unit] for count in column.cast(pa.int64()).to_pylist()]

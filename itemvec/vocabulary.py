@@ -1,0 +1,105 @@
+"""Vocabulary: the labels of one column, and the row of the shared embedding table that each of them has."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from itemvec.schema import Label
+from itemvec.values import canonical, hashed
+
+OOV, MISSING, FIRST = 0, 1, 2
+"""Every bag column's own rows begin with these two; its labels follow from row `FIRST`."""
+
+
+class Vocabulary:
+    """Maps the labels of one column to rows of its part of the embedding table.
+
+    Row 0 is kept for labels unseen in training and row 1 for missing values, so that both always find a row:
+
+    >>> color = Vocabulary.fit(["red", "blue", "red", "green"], min_count=1)
+    >>> color.labels
+    ['red', 'blue', 'green']
+    >>> [color.row("blue"), color.row("violet")]
+    [3, 0]
+
+    Rare labels share the out-of-vocabulary row, so that training teaches it something:
+
+    >>> Vocabulary.fit(["red", "blue", "red"], min_count=2).labels
+    ['red']
+
+    With hash buckets (Weinberger et al. 2009) they share that many rows behind the labels instead. Only the buckets
+    that a training label fell into have a trained row: what falls into another one is out of vocabulary as before.
+
+    >>> color = Vocabulary.fit(["red", "blue", "red", "green"], min_count=2, hash_buckets=8)
+    >>> [color.row("red"), color.row("blue"), color.row("violet")], color.rows
+    ([2, 10, 0], 11)
+    """
+
+    def __init__(
+        self, labels: Sequence[Label], counts: Sequence[int], hash_buckets: int = 0, filled: Iterable[int] = ()
+    ) -> None:
+        self.labels = list(labels)
+        """Most frequent first, or in the order that the schema names; the label of row r is labels[r - FIRST]."""
+        self.counts = np.asarray(counts, np.int64)
+        """(len(labels),) how often training saw each of them."""
+        self.hash_buckets = hash_buckets
+        self._rows: dict[Label, int] = {label: row for row, label in enumerate(self.labels, FIRST)}
+        self._filled = bytearray(hash_buckets)
+        for bucket in filled:
+            self._filled[bucket] = 1
+        self._first_bucket = FIRST + len(self.labels)
+        self.shared = self._first_bucket if self.labels else self.rows
+        """From this row on, labels that the vocabulary does not know share rows. A column that is only hashed knows no
+        label by name, so there sharing is the plain case."""
+
+    @classmethod
+    def fit(
+        cls,
+        values: Iterable[Label] | pa.ChunkedArray,
+        min_count: int,
+        max_labels: int = 1_000_000,
+        labels: Sequence[Label] | None = None,
+        hash_buckets: int = 0,
+    ) -> "Vocabulary":
+        """Of the settings of a nominal column; `labels` named beforehand are all kept, in their order."""
+        array = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([pa.array(values)])
+        counted = pc.value_counts(array.drop_null())
+        counts: dict[Label, int] = {}
+        for label, count in zip(counted.field("values").to_pylist(), counted.field("counts").to_numpy(), strict=True):
+            if (key := canonical(label)) is not None:
+                counts[key] = counts.get(key, 0) + int(count)
+        if labels is not None:
+            kept = [canonical(label) for label in labels]
+        else:
+            kept = sorted(label for label, count in counts.items() if count >= min_count)
+            kept.sort(key=counts.__getitem__, reverse=True)
+            del kept[max_labels:]
+        filled: set[int] = set()
+        if hash_buckets:
+            filled = {hashed(str(label), hash_buckets) for label in counts.keys() - set(kept)}
+        return cls(kept, [counts.get(label, 0) for label in kept], hash_buckets, filled)
+
+    @property
+    def rows(self) -> int:
+        return FIRST + len(self.labels) + self.hash_buckets
+
+    @property
+    def filled(self) -> list[int]:
+        """The buckets that a training label fell into."""
+        return [bucket for bucket, full in enumerate(self._filled) if full]
+
+    def row(self, label: Label) -> int:
+        """The label's row: OOV if training knew neither it nor its bucket, MISSING for a string of white space."""
+        row = self._rows.get(label)
+        if row is not None:
+            return row
+        key = canonical(label)
+        if key is None:
+            return MISSING
+        if key is not label and (row := self._rows.get(key)) is not None:
+            return row
+        if self.hash_buckets and self._filled[bucket := hashed(str(key), self.hash_buckets)]:
+            return self._first_bucket + bucket
+        return OOV

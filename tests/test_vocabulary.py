@@ -1,0 +1,61 @@
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from itemvec.values import hashed
+from itemvec.vocabulary import FIRST, MISSING, OOV, Vocabulary
+
+
+def test_frequent_labels_come_first_and_ties_in_alphabetical_order():
+    assert Vocabulary.fit(["b", "c", "a", "c"], min_count=1).labels == ["c", "a", "b"]
+
+
+def test_a_cap_keeps_the_most_frequent():
+    assert Vocabulary.fit(["a", "b", "b", "c", "c", "c"], min_count=1, max_labels=2).labels == ["c", "b"]
+
+
+def test_white_space_and_unicode_form_do_not_make_a_new_label():
+    vocabulary = Vocabulary.fit(["Ame\u0301lie ", "Am\u00e9lie"], min_count=2)
+    assert vocabulary.labels == ["Am\u00e9lie"] and vocabulary.counts.tolist() == [2]
+    assert vocabulary.row(" Ame\u0301lie") == FIRST
+
+
+def test_named_labels_keep_their_order_whatever_the_table_holds():
+    vocabulary = Vocabulary.fit(["b", "b", "x"], min_count=2, max_labels=1, labels=["c", " b", "a"])
+    assert vocabulary.labels == ["c", "b", "a"] and vocabulary.counts.tolist() == [0, 2, 0]
+    assert [vocabulary.row(label) for label in ("c", "b", "a", "x")] == [FIRST, FIRST + 1, FIRST + 2, OOV]
+
+
+def test_rare_labels_share_the_buckets_behind_the_known_ones():
+    vocabulary = Vocabulary.fit(["red", "red", "blue"], min_count=2, hash_buckets=8)
+    assert vocabulary.rows == FIRST + 1 + 8
+    assert vocabulary.row("blue") == vocabulary.row(" blue ") == FIRST + 1 + hashed("blue", 8)
+    assert vocabulary.filled == [hashed("blue", 8)]
+
+
+def test_a_bucket_that_training_left_empty_has_no_trained_row_so_its_labels_are_out_of_vocabulary():
+    assert hashed("violet", 8) != hashed("blue", 8)
+    vocabulary = Vocabulary.fit(["red", "red", "blue"], min_count=2, hash_buckets=8)
+    assert vocabulary.row("violet") == OOV
+
+
+def test_without_a_vocabulary_every_label_is_hashed():
+    vocabulary = Vocabulary.fit(["red", "red", "blue"], min_count=1, max_labels=0, hash_buckets=8)
+    assert vocabulary.labels == []
+    assert vocabulary.row("red") == FIRST + hashed("red", 8) < vocabulary.shared  # which is the plain case
+    assert vocabulary.row(" ") == MISSING
+
+
+@given(labels=st.lists(st.text(min_size=1, max_size=10), min_size=2, max_size=30), buckets=st.integers(0, 4))
+@settings(max_examples=30)
+def test_every_label_kept_by_fit_has_a_row_of_its_own(labels, buckets):
+    vocabulary = Vocabulary.fit(labels, min_count=2, hash_buckets=buckets)
+    rows = [vocabulary.row(label) for label in vocabulary.labels]
+    assert rows == list(range(FIRST, FIRST + len(rows)))
+    assert OOV not in {vocabulary.row(label) for label in labels} or not buckets  # what training saw has a trained row
+
+
+@pytest.mark.parametrize("values", [pa.chunked_array([[7, 7], [8]]), [7, 8, 7]])
+def test_labels_come_from_a_column_or_a_list(values):
+    assert Vocabulary.fit(values, min_count=2).labels == [7]
