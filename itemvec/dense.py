@@ -87,19 +87,21 @@ QUANTILES = 257
 class NumericColumn(DenseColumn):
     """A number brought to mean 0 and variance 1 over the training items; 0 and a flag where it is missing.
 
-    `scale: piecewise` adds a float per bin (piecewise linear encoding, Gorishniy et al. 2022): 0 below the bin, 1 above
-    it, and linear between. A network can then bend at each edge, and the value itself is what the decoder reads back.
+    Between value and flag stands a float per bin (piecewise linear encoding, Gorishniy et al. 2022): 0 below the bin, 1
+    above it, and linear within. A network can then bend at each edge, and even a linear one knows that values are close
+    or far; the value itself is what the decoder reads back.
     """
 
     def __init__(
-        self, feature: Numeric, low: float, high: float, mean: float, std: float, knots: Sequence[float] = ()
-    ) -> None:
+        self, feature: Numeric, low: float, high: float, mean: float, std: float, knots: Sequence[float] = (),
+        edges: Sequence[float] = (),
+    ) -> None:  # fmt: skip
         self.feature: Numeric = feature
         self.low, self.high, self.mean, self.std = low, high, mean, std
-        self.knots = np.array(knots)
-        """Quantiles of the training values, each once: the edges of the bins, or where the rank is known."""
+        self.knots, self.edges = np.array(knots), np.array(edges)
+        """Quantiles of the training values, each once: where the rank is known, and where the bins meet."""
         self._ranks = np.linspace(0, 1, len(self.knots))
-        self.bins = max(len(self.knots) - 1, 0) if feature.scale == "piecewise" else 0
+        self.bins = max(len(self.edges) - 1, 0)
         self.width = 2 + self.bins
 
     @property
@@ -112,13 +114,11 @@ class NumericColumn(DenseColumn):
         values = values[~np.isnan(values)]
         low, high = (float(end) for end in np.quantile(values, [feature.clip, 1 - feature.clip]))
         values = values.clip(low, high)
-        knots: list[float] = []
-        if feature.scale in ("quantile", "piecewise"):
-            count = QUANTILES if feature.scale == "quantile" else feature.bins + 1
-            knots = np.unique(np.quantile(values, np.linspace(0, 1, count))).tolist()
-        fitted = cls(feature, low, high, 0.0, 1.0, knots)
+        knots = _quantiles(values, QUANTILES) if feature.scale == "quantile" else []
+        edges = _quantiles(values, feature.bins + 1) if feature.bins else []
+        fitted = cls(feature, low, high, 0.0, 1.0, knots, edges)
         scaled = fitted._scaled(values)
-        return cls(feature, low, high, float(scaled.mean()), float(scaled.std()) or 1.0, knots)
+        return cls(feature, low, high, float(scaled.mean()), float(scaled.std()) or 1.0, knots, edges)
 
     def _scaled(self, values: Floats) -> Floats:
         if self.feature.scale == "log":
@@ -133,7 +133,7 @@ class NumericColumn(DenseColumn):
         present = ~np.isnan(numbers)
         out[present, 0] = (self._scaled(numbers[present]) - self.mean) / self.std
         if self.bins:
-            below, above = self.knots[:-1], self.knots[1:]
+            below, above = self.edges[:-1], self.edges[1:]
             out[present, 1:-1] = ((numbers[present, None] - below) / (above - below)).clip(0, 1)
         out[:, -1] = ~present
         return out
@@ -149,7 +149,16 @@ class NumericColumn(DenseColumn):
     def state(self) -> dict[str, Any]:
         return {
             "low": self.low, "high": self.high, "mean": self.mean, "std": self.std, "knots": self.knots.tolist(),
+            "edges": self.edges.tolist(),
         }  # fmt: skip
+
+
+def _quantiles(values: Floats, count: int) -> list[float]:
+    """Those that lie apart by more than rounding: what divides by their distance stays finite."""
+    found = np.unique(np.quantile(values, np.linspace(0, 1, count)))
+    apart = np.diff(found, prepend=-np.inf) > 1e-12 * (found[-1] - found[0])
+    kept: list[float] = found[apart].tolist()
+    return kept
 
 
 YEAR = 365.2425 * 86_400

@@ -8,7 +8,8 @@ from itemvec.errors import SchemaMismatch, TableError
 from itemvec.features import MISSING, OOV, FeatureTransform
 from itemvec.schema import FeatureSchema
 from training.config import CorruptionConfig, TrainConfig
-from training.data import TEST, TRAIN, VALIDATION, EncodedTable, Marginals, Prepared, corrupt, fold_of
+from training.data import EncodedTable, Marginals, Prepared, corrupt
+from training.folds import TEST, TRAIN, VALIDATION, fold_of
 
 NOTHING = CorruptionConfig(swap=0, mask=0, thin=0, unseen=0)
 
@@ -165,6 +166,42 @@ def test_tables_without_numbers_or_without_labels_are_tables_too(tmp_path, featu
     items = torch.arange(10)
     damaged = corrupt(data.table, items, items, CorruptionConfig(), data.layout, torch.Generator())
     assert len(damaged[0]) == len(damaged[3]) == 10
+
+
+def test_every_kind_of_column_is_prepared_and_damaged(tmp_path):
+    rows = 60
+    columns = pa.table(
+        {
+            "id": [str(i) for i in range(rows)],
+            "actor": [f"actor {i % 30}" for i in range(rows)],
+            "tags": [[f"tag {i % 20}", f"tag {i % 7}"] for i in range(rows)],
+            "price": [float(i) for i in range(rows)],
+            "views": [[float(i), None, 3.0][: i % 4] for i in range(rows)],
+            "poster": [[float(i), float(i % 5)] for i in range(rows)],
+        }
+    )
+    schema = FeatureSchema.from_yaml("""
+        name: t
+        id: id
+        features:
+          actor: {kind: nominal, min_count: 3, hash_buckets: 8}
+          tags: {kind: multi, max_labels: 0, hash_buckets: 8}
+          price: {kind: numeric, bins: 4}
+          views: {kind: series, points: 2}
+          poster: {kind: vector, size: 2}
+        """)
+    data = Prepared.make(columns, schema, TrainConfig(), tmp_path)
+    items = torch.arange(rows)
+    dense, indices, _, lengths = corrupt(
+        data.table, items, items, CorruptionConfig(swap=0.1, mask=0.4, unseen=0.2), data.layout, torch.Generator()
+    )
+    assert torch.isfinite(dense).all() and lengths.shape == (rows, 2)
+    for slot in data.layout.dense:
+        masked = dense[:, slot.flag] == 1
+        assert 0 < masked.sum() < rows and not dense[masked, slot.start : slot.flag].any()
+    for slot in data.layout.bags:  # though most labels have a bucket, what is in none is taught
+        assert (indices == slot.base + OOV).any() and (indices == slot.base + MISSING).any()
+    assert torch.isfinite(data.marginals.centre).all() and torch.isfinite(data.marginals.spread).all()
 
 
 def test_a_table_that_does_not_fit_names_its_columns(tmp_path):

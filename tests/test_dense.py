@@ -23,14 +23,16 @@ DAYS = ["2000-01-01", "2001-01-01", "2002-01-01T00:00:00", None]
 
 def test_numbers_have_mean_0_and_variance_1_over_the_training_rows():
     # mean 2000, variance (100 + 0 + 100) / 3
-    year = fitted("kind: numeric", YEARS)
+    year = fitted("kind: numeric, bins: 0", YEARS)
     assert dense(year, 2010) == pytest.approx([10 / math.sqrt(200 / 3), 0])
     assert dense(year, None) == [0, 1] and status(year, float("nan")) == "missing"
 
 
 def test_log_scale_counts_orders_of_magnitude():
     # log1p of 0, 9, 99 is 0, ln 10, 2 ln 10: evenly spaced, so 9 is the mean
-    assert dense(fitted("kind: numeric, scale: log", [0.0, 9.0, 99.0, None]), 9) == pytest.approx([0, 0], abs=1e-6)
+    assert dense(fitted("kind: numeric, scale: log, bins: 0", [0.0, 9.0, 99.0, None]), 9) == pytest.approx(
+        [0, 0], abs=1e-6
+    )
 
 
 def test_quantile_scale_knows_only_the_rank():
@@ -55,14 +57,14 @@ def test_a_share_of_the_training_values_may_be_clipped_too():
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308, float("inf"), 10**400 // 10**100, 0, Decimal("1e300")])
-@pytest.mark.parametrize("scale", ["standard", "log", "quantile", "piecewise"])
+@pytest.mark.parametrize("scale", ["standard", "log", "quantile"])
 def test_any_number_is_encoded_finitely(value, scale):
     assert np.isfinite(dense(fitted(f"kind: numeric, scale: {scale}", [0.0, 9.0, 99.0]), value)).all()
 
 
 def test_piecewise_has_a_float_for_each_bin_that_rises_from_0_to_1_within_it():
     # Quarters of 0, 1, 2, 4, 8 end at 1, 2, 4 and 8.
-    column = fitted("kind: numeric, scale: piecewise, bins: 4", [0, 1, 2, 4, 8])
+    column = fitted("kind: numeric, bins: 4", [0, 1, 2, 4, 8])
     assert dense(column, 0)[1:-1] == [0, 0, 0, 0]
     assert dense(column, 3)[1:-1] == [1, 1, 0.5, 0]
     assert dense(column, 6)[1:-1] == [1, 1, 1, 0.5]
@@ -72,25 +74,25 @@ def test_piecewise_has_a_float_for_each_bin_that_rises_from_0_to_1_within_it():
 
 
 def test_of_a_piecewise_number_the_decoder_reads_back_the_value_alone():
-    [slot] = fitted("kind: numeric, scale: piecewise, bins: 4", [0, 1, 2, 4, 8]).layout.dense
+    [slot] = fitted("kind: numeric, bins: 4", [0, 1, 2, 4, 8]).layout.dense
     assert (slot.width, slot.targets, slot.flag) == (6, 1, 5)
 
 
 def test_values_that_many_rows_share_make_fewer_bins():
-    column = fitted("kind: numeric, scale: piecewise, bins: 4", [0, 0, 0, 0, 8])
+    column = fitted("kind: numeric, bins: 4", [0, 0, 0, 0, 8])
     assert dense(column, 8)[1:-1] == [1]
-    assert dense(fitted("kind: numeric, scale: piecewise", [7, 7]), 7) == [0, 0]
+    assert dense(fitted("kind: numeric", [7, 7]), 7) == [0, 0]
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=30), st.floats(-2e9, 2e9), st.floats(0, 1e9))
 def test_piecewise_floats_lie_between_0_and_1_and_rise_with_the_value(numbers, value, more):
-    column = fitted("kind: numeric, scale: piecewise, bins: 5", numbers)
+    column = fitted("kind: numeric, bins: 5", numbers)
     one, other = (np.array(dense(column, v)) for v in (value, value + more))
     assert (one[1:-1] >= 0).all() and (one[1:-1] <= 1).all()
     assert (one <= other).all()
 
 
-@pytest.mark.parametrize("scale", ["standard", "log", "quantile", "piecewise"])
+@pytest.mark.parametrize("scale", ["standard", "log", "quantile"])
 def test_a_number_is_decoded_to_its_own_unit_and_never_beyond_the_training_range(scale):
     transform = fitted(f"kind: numeric, scale: {scale}", [0.0, 1.0, 5.0, 20.0, 100.0])
     column, [slot] = transform.column("x"), transform.layout.dense

@@ -39,7 +39,7 @@ CONTRACT = {
     "kind: numeric": (NUMBERS, amounts),
     "kind: numeric, scale: log": (NUMBERS, amounts),
     "kind: numeric, scale: quantile, clip: 0.1": (NUMBERS, amounts),
-    "kind: numeric, scale: piecewise, bins: 3": (NUMBERS, amounts),
+    "kind: numeric, bins: 3": (NUMBERS, amounts),
     "kind: timestamp, cycles: [year, week, day]": (["2000-01-01", "1931-05-06T07:08:09Z", "", None, " "], moments),
     "kind: text, buckets: 32": (["One", "Two words", "", None, "Two"], words),
     "kind: series, points: 3": ([[1.0, None, 3.0], [2.0], [], None, [0.5] * 9], series),
@@ -274,9 +274,9 @@ def test_columns_lie_one_behind_the_other_bags_in_the_shared_table_and_dense_one
     assert [(bag.name, bag.base, bag.rows) for bag in TRANSFORM.layout.bags] == [
         ("genres", 0, 4), ("age", 4, 5), ("title", 9, 34), ("studio", 43, 3),
     ]  # fmt: skip
-    # Floats: value and flag; age, sine, cosine and flag; 2 points, 5 figures and flag.
+    # Floats: value, 16 bins and flag; age, sine, cosine and flag; 2 points, 5 figures and flag.
     assert [(slot.name, slot.start, slot.width) for slot in TRANSFORM.layout.dense] == [
-        ("year", 0, 2), ("shown", 2, 4), ("views", 6, 8),
+        ("year", 0, 18), ("shown", 18, 4), ("views", 22, 8),
     ]  # fmt: skip
     item = {"genres": ["War"], "age": "PG", "studio": "Acme"}
     assert TRANSFORM.transform([item]).batch.indices.tolist() == [3, 6, 7, 9 + 1, 45]

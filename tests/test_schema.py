@@ -56,7 +56,7 @@ def test_settings_are_written_out_so_that_a_later_default_cannot_change_a_model(
         ("{x: {kind: nominal, labels: []}}", "at least 1"),
         ("{x: {kind: nominal, max_labels: 0}}", "give hash_buckets for them to share"),
         ("{x: {kind: numeric, clip: 0.5}}", "less than 0.5"),
-        ("{x: {kind: numeric, scale: piecewise, bins: 1}}", "greater than or equal to 2"),
+        ("{x: {kind: numeric, bins: 300}}", "less than or equal to 256"),
         ("{x: {kind: series, points: 0}}", "greater than or equal to 1"),
         ("{x: {kind: vector}}", "features.x.size: Field required"),
         ("{x: {kind: text}, x: {kind: numeric}}", "'x' stands twice"),
