@@ -2,9 +2,9 @@
 
 n items, F bag columns, D dense floats, W width of the shared embedding table, H hidden width, dim the embedding's size.
 
-    indices, weights, lengths --one look-up--> (n, F, W) --used part--+
-                                                                      +--> x --> layers --> z --> (z - mean), length 1
-    dense (n, D) -----------------------------------------------------+    `---- skip ----^
+    indices, weights, lengths --look-up--> (n, F, W) --used part--+
+                                                                  +--> x --> cross, layers --> z --> z - mean, length 1
+    dense (n, D) -------------------------------------------------+    `-------- skip --------^
 """
 
 import math
@@ -14,11 +14,15 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from itemvec.errors import ConfigError
 from itemvec.features import Batch, Layout
+
+WHITENING_FLOOR = 1e-3
+"""Share of the mean variance that is added to each number's before whitening."""
 
 Activation = Literal["relu", "gelu", "silu", "tanh", "sigmoid"]
 Width = Annotated[int, Field(ge=1, le=8192)]
@@ -44,6 +48,16 @@ class EncoderConfig(BaseModel):
     """Width of the shared table, and of a column's part of the input. Columns of few labels use less of it
     (`feature_width`)."""
 
+    widths: dict[str, Width] = {}
+    """How much of it columns use, by their names, where the rule should not decide; at most `embedding_dim`."""
+
+    cross: Annotated[int, Field(ge=0, le=16)] = 0
+    """Layers before the hidden ones that multiply the columns with each other (`Cross`): pairs of labels, and from the
+    second layer on triples, that together mean something else than each alone."""
+
+    cross_rank: Width = 32
+    """Products of a cross layer; more see more pairs and take longer."""
+
     hidden: tuple[Width, ...] = (256,)
     """Widths of the layers between the columns and the embedding; `[]` makes the encoder linear."""
 
@@ -55,14 +69,42 @@ class EncoderConfig(BaseModel):
     """`layer` does not depend on the other items of a batch, so training and serving compute the same."""
 
     skip: bool = True
-    """Adds a linear path around the hidden layers: what a linear method finds is in reach of the first epoch."""
+    """Adds a linear path around the hidden layers, the decoder's too: what a linear method finds is in reach of the
+    first epoch."""
 
     centre: bool = True
     """Subtracts the mean embedding before the length is made 1; without it every two items look alike by their mean."""
 
+    whiten: bool = False
+    """Makes the variances of all directions alike as well, so that none that many columns share decides on its own who
+    is a neighbor; small differences come to count as much as large ones. On films that was worse."""
+
+    nested: tuple[int, ...] = ()
+    """Prefixes of the embedding that are trained to be embeddings themselves, such as [16, 32] (Kusupati et al. 2022).
+    Without it the numbers are ordered by their variance after training, so that every prefix is the best that can be
+    had of the whole vector: on films its neighbors are better than those of trained prefixes, and the whole vector
+    loses nothing. Trained ones are read back with a lower loss."""
+
     decoder_hidden: tuple[Width, ...] = (64,)
     """Widths of the decoder's layers, used in training, evaluation and `/v1/decode` only. It has a row as wide as the
     last for every label, and that is most of a training step's work; on films 128 was no better."""
+
+    @field_validator("nested")
+    @classmethod
+    def _grows(cls, nested: tuple[int, ...]) -> tuple[int, ...]:
+        if list(nested) != sorted(set(nested)) or any(size < 2 for size in nested):
+            raise ValueError(f"nested must grow from at least 2: {list(nested)}")
+        return nested
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EncoderConfig":
+        if self.nested and self.nested[-1] >= self.dim:
+            raise ValueError(f"nested must stay below dim ({self.dim}): {list(self.nested)}")
+        if wide := {name: width for name, width in self.widths.items() if width > self.embedding_dim}:
+            raise ValueError(f"widths beyond embedding_dim ({self.embedding_dim}): {wide}")
+        if self.whiten and not self.centre:
+            raise ValueError("whiten needs centre: without the mean taken out there is nothing to measure spread from")
+        return self
 
 
 def feature_width(rows: int, widest: int) -> int:
@@ -74,7 +116,8 @@ def feature_width(rows: int, widest: int) -> int:
     return min(widest, round(1.6 * math.pow(rows, 0.56)))
 
 
-def _layers(inputs: int, widths: Sequence[int], config: EncoderConfig) -> nn.Sequential:
+def fully_connected(inputs: int, widths: Sequence[int], config: EncoderConfig) -> nn.Sequential:
+    """(n, inputs) -> (n, last of widths), or as it is where there are none; everything else as the config says."""
     modules: list[nn.Module] = []
     for width in widths:
         modules.append(nn.Linear(inputs, width))
@@ -87,6 +130,25 @@ def _layers(inputs: int, widths: Sequence[int], config: EncoderConfig) -> nn.Seq
     return nn.Sequential(*modules)
 
 
+class Cross(nn.Module):
+    """x + x0 * (U V x + b): products of the columns, through a few directions (low-rank DCN-v2, Wang et al. 2021).
+
+    It begins as the identity.
+    """
+
+    def __init__(self, inputs: int, rank: int) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(inputs, rank, bias=False)
+        self.wide = nn.Linear(rank, inputs)
+        nn.init.zeros_(self.wide.weight)
+        nn.init.zeros_(self.wide.bias)
+
+    def forward(self, x: Tensor, columns: Tensor) -> Tensor:
+        """(n, inputs) of the layer before, (n, inputs) the columns themselves -> (n, inputs)"""
+        crossed: Tensor = x + columns * self.wide(self.narrow(x))
+        return crossed
+
+
 class ItemEncoder(nn.Module):
     """See the picture above. One table for all columns: a call into torch costs more than one item's arithmetic."""
 
@@ -97,12 +159,19 @@ class ItemEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, layout: Layout) -> None:
         super().__init__()
         self.config, self.layout = config, layout
-        widths = [feature_width(bag.rows, config.embedding_dim) for bag in layout.bags]
+        names = [bag.name for bag in layout.bags]
+        if unknown := sorted(config.widths.keys() - set(names)):
+            raise ConfigError(
+                f"encoder.widths names {', '.join(unknown)}; the columns with rows in the table are {', '.join(names)}"
+            )
+        by_rule = {bag.name: feature_width(bag.rows, config.embedding_dim) for bag in layout.bags}
+        widths = (by_rule | config.widths).values()
         self.table = nn.Parameter(torch.randn(layout.table_rows, config.embedding_dim) * config.embedding_dim**-0.5)
         used = [f * config.embedding_dim + w for f, width in enumerate(widths) for w in range(width)]
         self.register_buffer("used", torch.tensor(used, dtype=torch.long), persistent=False)
         inputs = len(used) + layout.dense_width
-        self.layers = _layers(inputs, config.hidden, config)
+        self.cross = nn.ModuleList(Cross(inputs, config.cross_rank) for _ in range(config.cross))
+        self.layers = fully_connected(inputs, config.hidden, config)
         self.out = nn.Linear(config.hidden[-1] if config.hidden else inputs, config.dim)
         self.skip = nn.Linear(inputs, config.dim, bias=False) if config.skip and config.hidden else None
         self.register_buffer("mean", torch.zeros(config.dim))
@@ -111,18 +180,21 @@ class ItemEncoder(nn.Module):
 
     def forward(self, dense: Tensor, indices: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
         """(n, D), (nnz,), (nnz,), (n, F) -> (n, dim), each row of length 1. Training subtracts the batch's own mean."""
+        return functional.normalize(self.unscaled(dense, indices, weights, lengths), dim=1)
+
+    def unscaled(self, dense: Tensor, indices: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
+        """(n, dim) before the length is made 1."""
         z = self.uncentred(dense, indices, weights, lengths)
-        if self.config.centre:
-            if self.training and len(z) > 1:
-                mean = z.mean(0)
-                self.mean.lerp_(mean.detach().to(self.mean.dtype), 0.05)
-                z = z - mean
-            else:
-                z = z - self.mean
-        return functional.normalize(z, dim=1)
+        if not self.config.centre:
+            return z
+        if self.training and len(z) > 1:
+            mean = z.mean(0)
+            self.mean.lerp_(mean.detach().to(self.mean.dtype), 0.05)
+            return z - mean
+        return z - self.mean
 
     def uncentred(self, dense: Tensor, indices: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
-        """(n, dim) before the mean is subtracted and the length made 1."""
+        """(n, dim) before the mean is subtracted."""
         ends = lengths.reshape(-1).cumsum(0)
         offsets = functional.pad(ends[:-1], (1, 0)) if len(ends) else ends
         bags = functional.embedding_bag(
@@ -135,7 +207,10 @@ class ItemEncoder(nn.Module):
         )  # (n * F, W)
         used = bags.view(len(dense), len(self.layout.bags) * self.config.embedding_dim).index_select(1, self.used)
         x = torch.cat([used, dense], dim=1)
-        z: Tensor = self.out(self.layers(x))
+        crossed = x
+        for layer in self.cross:
+            crossed = layer(crossed, x)
+        z: Tensor = self.out(self.layers(crossed))
         return z if self.skip is None else z + self.skip(x)
 
     def encode(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -154,22 +229,33 @@ class Decoder(nn.Module):
     """Reads an item's columns back from its embedding: a score for every row of the table, and the dense columns.
 
     The rows are those of the encoder's table, so a column's head is a slice, and a large one can be scored on a sample.
+    It is trained before the numbers are turned and whitened (`finish`), and so turns them back first.
     """
+
+    basis: Tensor
 
     def __init__(self, config: EncoderConfig, layout: Layout) -> None:
         super().__init__()
-        self.layout = layout
-        self.layers = _layers(config.dim, config.decoder_hidden, config)
+        self.config, self.layout = config, layout
+        self.layers = fully_connected(config.dim, config.decoder_hidden, config)
         width = config.decoder_hidden[-1] if config.decoder_hidden else config.dim
+        self.skip = nn.Linear(config.dim, width, bias=False) if config.skip and config.decoder_hidden else None
         self.row_weight = nn.Parameter(torch.randn(layout.table_rows, width) * 0.1 * width**-0.5)
         self.row_bias = nn.Parameter(torch.zeros(layout.table_rows))
         self.dense_head = nn.Linear(width, layout.dense_width) if layout.dense_width else None
+        self.register_buffer("basis", torch.eye(config.dim))
         self._scale = float(config.dim) ** 0.5
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(n, dim) -> hidden (n, H), from which `rows` and `dense` read. Unit vectors are scaled to a variance of 1."""
-        hidden: Tensor = self.layers(embedding * self._scale)
-        return hidden
+        x = self.as_trained(embedding) * self._scale
+        hidden: Tensor = self.layers(x)
+        return hidden if self.skip is None else hidden + self.skip(x)
+
+    def as_trained(self, embedding: Tensor) -> Tensor:
+        """(n, dim) -> (n, dim): unit vectors as they were while the losses read them."""
+        before = functional.linear(embedding, self.basis)
+        return functional.normalize(before, dim=1) if self.config.whiten else before
 
     def rows(self, hidden: Tensor, rows: Tensor | slice) -> Tensor:
         """(n, H) -> (n, len(rows)) logits."""
@@ -181,6 +267,39 @@ class Decoder(nn.Module):
             return hidden[:, :0]
         values: Tensor = self.dense_head(hidden)
         return values
+
+
+@torch.no_grad()
+def finish(encoder: ItemEncoder, decoder: Decoder, mean: Tensor, covariance: Tensor) -> None:
+    """Takes the mean out of the vectors, orders their numbers by variance, and whitens them, as the encoder's config
+    says. (dim,) mean and (dim, dim) covariance of the uncentred training rows, in float64.
+
+    All of it goes into the encoder's last layer, so that serving pays nothing. Numbers are turned to the principal
+    axes, which changes no angle between whole vectors; trained prefixes stay where they are, and the Cholesky factor,
+    of all whitenings (Kessy et al. 2018), keeps them: the first k whitened numbers follow from the first k.
+    """
+    config = encoder.config
+    onto = torch.eye(config.dim, dtype=torch.float64)
+    if not config.nested:
+        onto = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
+    if config.whiten:
+        turned = onto @ covariance @ onto.T
+        least = WHITENING_FLOOR * turned.diagonal().mean()
+        onto = torch.linalg.inv(torch.linalg.cholesky(turned + torch.diag(least.expand(config.dim)))) @ onto
+    if config.centre:
+        encoder.mean.copy_(mean)
+    turn(encoder, decoder, onto)
+
+
+@torch.no_grad()
+def turn(encoder: ItemEncoder, decoder: Decoder, onto: Tensor) -> None:
+    """Multiplies the vectors, before their length is made 1, by (dim, dim) `onto`, in float64; the decoder turns them
+    back."""
+    for weight in (encoder.out.weight, encoder.out.bias, None if encoder.skip is None else encoder.skip.weight):
+        if weight is not None:
+            weight.copy_(onto @ weight.double())
+    encoder.mean.copy_(onto @ encoder.mean.double())
+    decoder.basis.copy_(decoder.basis.double() @ torch.linalg.inv(onto))
 
 
 def tensors(batch: Batch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@
       transform/           the fitted FeatureTransform (JSON and Parquet)
       encoder.safetensors  the network that is served
       decoder.safetensors  the heads that read columns back
-      evaluation.json      what training measured, and plots/ beside it
+      evaluation.json      what training measured; report.html is the same for people
       golden.parquet       some items and the vectors that they gave when the version was made
 
 A version is whole or it is refused: loading verifies every sha256 and encodes the golden items again.
@@ -63,6 +63,10 @@ class Lineage(BaseModel):
     train_rows: int
     config: dict[str, Any]
     """The training configuration, whole."""
+
+    interactions: str | None = None
+    interactions_sha256: str | None = None
+    """The table of who liked what, where there was one."""
 
     parent: int | None = None
     """The version that was the champion when this one was trained."""
@@ -127,6 +131,11 @@ class ModelVersion:
         encoded = self.transform.transform(items, pointer)
         return Encoding(self.encoder.encode(encoded.batch), encoded.statuses)
 
+    def encode_arrow(self, table: pa.Table, pointer: str = "") -> Encoding:
+        """The same for items that come as a table; its columns stay columns on the way."""
+        encoded = self.transform.transform_arrow(table, pointer)
+        return Encoding(self.encoder.encode(encoded.batch), encoded.statuses)
+
     @classmethod
     def make(
         cls, name: str, version: int, transform: FeatureTransform, encoder: ItemEncoder, decoder: Decoder,
@@ -147,7 +156,7 @@ class ModelVersion:
         return cls(manifest, transform, encoder, decoder, evaluation)
 
     def save(self, folder: Path, golden: Sequence[tuple[str, Mapping[str, Any]]]) -> "ModelVersion":
-        """Writes all files into `folder`, the manifest last; it also covers what lies there already (plots).
+        """Writes all files into `folder`, the manifest last; it also covers what lies there already (a report).
 
         `golden` are (id, item) pairs. Returns the version as it will be loaded.
         """

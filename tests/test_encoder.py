@@ -1,9 +1,12 @@
+import random
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder, tensors
+from itemvec.encoder import Cross, Decoder, EncoderConfig, ItemEncoder, finish, tensors
+from itemvec.errors import ConfigError
 from itemvec.features import FIRST, FeatureTransform
 from itemvec.schema import FeatureSchema
 
@@ -13,7 +16,7 @@ id: id
 features:
   color: {kind: nominal, min_count: 1}
   tags: {kind: multi, min_count: 1}
-  size: {kind: numeric}
+  size: {kind: numeric, bins: 0}
 """)
 TABLE = pa.table(
     {
@@ -88,27 +91,118 @@ def test_every_shape_of_network_trains_and_encodes(activation, normalization):
     assert np.isfinite(network.encode(BATCH)).all()
 
 
-def test_xor_of_two_columns_is_learned_with_a_hidden_layer_and_not_without():
-    # a linear encoder gives f(a) + g(b): the four rows are the corners of a parallelogram, and no plane parts diagonals
-    table = pa.table({"id": list("abcd"), "a": list("0011"), "b": list("0101")})
-    schema = FeatureSchema.from_yaml("name: t\nid: id\nfeatures: {a: {kind: nominal}, b: {kind: nominal}}")
-    transform = FeatureTransform.fit(table, schema)
-    batch, xor = tensors(transform.transform_table(table)), torch.tensor([0.0, 1.0, 1.0, 0.0])
+def test_widths_by_hand_go_before_the_rule():
+    network = encoder(embedding_dim=16, widths={"tags": 7})
+    by_rule = encoder(embedding_dim=16)
+    assert (_width(network, 0), _width(network, 1)) == (_width(by_rule, 0), 7)
+    assert network.encode(BATCH).shape == (4, 8)
 
-    def accuracy(hidden):
-        torch.manual_seed(1)
-        config = EncoderConfig(dim=4, hidden=hidden, activation="tanh", dropout=0, normalization="none", centre=False)
-        network, head = ItemEncoder(config, transform.layout), torch.nn.Linear(4, 1)
-        optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], lr=0.02)
-        for _ in range(400):
-            optimizer.zero_grad()
-            scores = head(network.uncentred(*batch)).squeeze(1)
-            torch.nn.functional.binary_cross_entropy_with_logits(scores, xor).backward()
-            optimizer.step()
-        return ((scores > 0) == (xor > 0.5)).float().mean().item()
 
-    assert accuracy((16,)) == 1.0
-    assert accuracy(()) <= 0.75
+def test_widths_of_a_column_that_is_not_there_or_wider_than_the_table_are_refused():
+    with pytest.raises(ConfigError, match=r"names colour; the columns with rows in the table are color, tags"):
+        encoder(widths={"colour": 3})
+    with pytest.raises(ValueError, match=r"beyond embedding_dim \(16\): {'tags': 17}"):
+        EncoderConfig(embedding_dim=16, widths={"tags": 17})
+
+
+def test_a_cross_layer_multiplies_columns_by_hand():
+    # x = (2, 3): narrow takes their sum 5, wide gives (5 + 1, 0 + 1), times the columns (12, 3), and x is added.
+    cross = Cross(2, 1)
+    columns = torch.tensor([[2.0, 3.0]])
+    assert cross(columns, columns).tolist() == [[2.0, 3.0]], "the identity, until it is trained"
+    with torch.no_grad():
+        cross.narrow.weight.copy_(torch.tensor([[1.0, 1.0]]))
+        cross.wide.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        cross.wide.bias.fill_(1.0)
+    assert cross(columns, columns).tolist() == [[14.0, 6.0]]
+
+
+def test_cross_layers_are_part_of_the_network():
+    network = encoder(cross=2, hidden=()).train()
+    network(*tensors(BATCH))[:, 0].sum().backward()
+    assert all(layer.wide.weight.grad.abs().sum() > 0 for layer in network.cross)
+
+
+def finished(**config) -> tuple[ItemEncoder, Decoder, torch.Tensor]:
+    """Encoder and decoder after `finish` with the statistics of 300 made-up items, and those items as a batch."""
+    network = encoder(**config)
+    torch.manual_seed(1)
+    decoder = Decoder(network.config, TRANSFORM.layout).eval()
+    draw = random.Random(0)  # noqa: S311
+    items = [
+        {"color": draw.choice("rgb"), "tags": draw.sample("xyz", 2), "size": 4 * draw.random()} for _ in range(300)
+    ]
+    batch = TRANSFORM.transform(items).batch
+    with torch.no_grad():
+        z = network.uncentred(*tensors(batch)).double()
+    finish(network, decoder, z.mean(0), torch.cov(z.T, correction=0))
+    return network, decoder, batch
+
+
+def spread(network: ItemEncoder, batch) -> torch.Tensor:
+    """(dim, dim) covariance of the vectors before their length is made 1."""
+    with torch.no_grad():
+        return torch.cov(network.unscaled(*tensors(batch)).double().T, correction=0)
+
+
+@pytest.mark.parametrize("hidden", [(), (64,)])
+def test_finishing_orders_numbers_by_variance_and_changes_no_angle(hidden):
+    network, _, batch = finished(hidden=hidden)
+    before = encoder(hidden=hidden)
+    before.mean.copy_(before.uncentred(*tensors(batch)).mean(0).detach())
+    old, new = before.encode(batch), network.encode(batch)
+    np.testing.assert_allclose(new @ new.T, old @ old.T, atol=1e-4)
+    assert not np.allclose(new, old, atol=0.1)
+    covariance = spread(network, batch)
+    variance = covariance.diagonal()
+    assert (variance.diff() <= 1e-6).all()
+    assert (covariance - variance.diag()).abs().max() < 1e-4 * variance[0]
+
+
+def test_trained_prefixes_stay_where_they_are():
+    network, _, batch = finished(nested=(2, 4))
+    before = encoder(nested=(2, 4))
+    before.mean.copy_(before.uncentred(*tensors(batch)).mean(0).detach())
+    np.testing.assert_allclose(network.encode(batch), before.encode(batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [(), (2, 4)])
+def test_whitened_numbers_have_variance_one_and_no_correlation(nested):
+    network, _, batch = finished(whiten=True, nested=nested)
+    covariance = spread(network, batch)
+    # Directions with hardly any spread stay narrow, the others have v / (v + what is added).
+    used = torch.linalg.eigvalsh(covariance)
+    assert used.max() <= 1 + 1e-4 and (used > 0.9).sum() >= 4
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 0.05
+    np.testing.assert_allclose(np.linalg.norm(network.encode(batch), axis=1), 1, atol=1e-6)
+
+
+def test_a_whitened_prefix_follows_from_the_same_trained_prefix():
+    plain, _, batch = finished(nested=(2, 4))
+    white, _, _ = finished(nested=(2, 4), whiten=True)
+    old, new = (network.unscaled(*tensors(batch)).detach().numpy() for network in (plain, white))
+    factor, *_ = np.linalg.lstsq(old[:, :4], new[:, :4], rcond=None)
+    np.testing.assert_allclose(old[:, :4] @ factor, new[:, :4], atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [{}, {"whiten": True}, {"whiten": True, "nested": (2, 4)}])
+def test_the_decoder_reads_finished_vectors_as_it_was_trained(config):
+    network, decoder, batch = finished(**config)
+    before = encoder(**config)
+    before.mean.copy_(before.uncentred(*tensors(batch)).mean(0).detach())
+    served = torch.from_numpy(network.encode(batch))
+    np.testing.assert_allclose(decoder.as_trained(served), before.encode(batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("nested", [(16, 8), (8, 8), (1, 4), (8, 64), (65,)])
+def test_prefixes_that_do_not_grow_below_the_size_of_the_vector_are_refused(nested):
+    with pytest.raises(ValueError, match="nested must"):
+        EncoderConfig(dim=64, nested=nested)
+
+
+def test_whitening_needs_the_mean_taken_out():
+    with pytest.raises(ValueError, match="whiten needs centre"):
+        EncoderConfig(whiten=True, centre=False)
 
 
 def test_the_decoder_scores_a_column_as_a_slice_of_the_shared_rows():

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import os
@@ -5,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from films import SCHEMA, table
@@ -13,9 +15,11 @@ from itemvec.encoder import EncoderConfig
 from itemvec.errors import ConfigError
 from itemvec.schema import FeatureSchema
 from training import cluster
-from training.config import ClusterConfig, OptimizerConfig, TrainConfig
+from training.config import ClusterConfig, CoEngageConfig, OptimizerConfig, TrainConfig
 from training.data import Prepared
+from training.folds import TRAIN, VALIDATION
 from training.loop import Trainer
+from training.progress import of_columns
 
 NETWORK = EncoderConfig(dim=8, embedding_dim=4, hidden=(16,), decoder_hidden=(16,))
 CONFIG = TrainConfig(encoder=NETWORK, epochs=4, batch_size=64)
@@ -47,19 +51,50 @@ def test_a_seed_repeats_to_the_bit_and_another_does_not(data):
     assert not torch.equal(trained(1), trained(2))
 
 
-def test_a_run_taken_up_from_a_checkpoint_ends_as_if_it_had_not_been_stopped(data, tmp_path):
-    whole = Trainer(data, CONFIG, CPU)
+EVERYTHING = {
+    "encoder": {**NETWORK.model_dump(), "cross": 1, "nested": [2, 4]},
+    "reconstruct": {"variational": 0.1},
+    "contrast": {"weight": "auto"},
+    "predict": {"targets": {"style": {"loss": "hinge"}, "age": {"loss": "huber"}}, "hidden": [8]},
+}
+
+
+def with_targets(rows: int = 240) -> pa.Table:
+    """Two columns that are no features but follow from them; the second is missing here and there."""
+    films = table(rows)
+    styles = [cast[0].split("-")[0] if cast else None for cast in films.column("cast").to_pylist()]
+    ages = [2020 - year if year else None for year in films.column("year").to_pylist()]
+    return films.append_column("style", [styles]).append_column("age", [ages])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {**EVERYTHING, "balance": "gradient", "optimizer": {"schedule": "one_cycle"}},
+        {**EVERYTHING, "balance": "uncertainty", "optimizer": {"method": "sgd", "schedule": "plateau", "every": 1}},
+    ],
+)
+def test_a_run_taken_up_from_a_checkpoint_ends_as_if_it_had_not_been_stopped(tmp_path, settings):
+    config = TrainConfig.model_validate({**CONFIG.model_dump(), **settings})
+    data = Prepared.make(with_targets(), SCHEMA, config, tmp_path)
+    whole = Trainer(data, config, CPU)
     list(whole.epochs())
-    first = Trainer(data, CONFIG, CPU)
+    first = Trainer(data, config, CPU)
     epochs = first.epochs()
     next(epochs)
     next(epochs)
     torch.save(first.state(), tmp_path / "state.pt")
-    second = Trainer(data, CONFIG, CPU)
+    second = Trainer(data, config, CPU)
     second.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [m["epoch"] for m in second.epochs()] == [3, 4]
     assert torch.equal(weights(whole), weights(second))
     assert second.best_epoch == whole.best_epoch
+    assert second.optimization.rate == whole.optimization.rate
+    assert second.history[2:] == [
+        m | {"seconds": t["seconds"], "items_per_second": t["items_per_second"]}
+        for m, t in zip(whole.history[2:], second.history[2:], strict=True)
+    ]
 
 
 def test_training_stops_when_the_validation_rows_gain_nothing_and_keeps_the_best(data):
@@ -70,15 +105,6 @@ def test_training_stops_when_the_validation_rows_gain_nothing_and_keeps_the_best
     assert history[trainer.best_epoch - 1]["best"]
 
 
-def test_the_learning_rate_rises_and_falls_to_nothing(data):
-    trainer = Trainer(data, CONFIG.model_copy(update={"epochs": 100}), CPU)
-    rates = [trainer._rate(step) for step in range(100 * trainer.steps)]
-    top = rates.index(max(rates))
-    assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
-    assert top / len(rates) == pytest.approx(0.05, abs=0.02)
-    assert rates[-1] < 1e-3 and rates[top] > 0.9
-
-
 def test_a_loss_that_is_no_number_ends_the_run(data):
     wild = OptimizerConfig(learning_rate=1e30, table_learning_rate=1e30, clip=1e30)
     with pytest.raises(RuntimeError, match=r"optimizer\.learning_rate"):
@@ -87,7 +113,8 @@ def test_a_loss_that_is_no_number_ends_the_run(data):
 
 def test_every_worker_takes_the_same_number_of_steps_of_the_same_size(data, monkeypatch):
     monkeypatch.setattr(Trainer, "_distributed", lambda self: self.task)
-    workers = [Trainer(data, CONFIG, CPU, rank, workers=3) for rank in range(3)]
+    alone = CONFIG.model_copy(update={"start": "random"})  # components are sent, and nobody is there
+    workers = [Trainer(data, alone, CPU, rank, workers=3) for rank in range(3)]
     assert len({(w.steps, w.batch) for w in workers}) == 1
     assert workers[0].steps * workers[0].batch * 3 <= len(workers[0].train_items)
 
@@ -97,6 +124,53 @@ def test_tables_without_labels_or_without_numbers_train(tmp_path, features):
     schema = FeatureSchema.from_yaml(f"name: films\nid: id\nfeatures: {features}")
     few = Prepared.make(table(60), schema, CONFIG, tmp_path)
     assert all(math.isfinite(m["validation"]["total"]) for m in Trainer(few, CONFIG, CPU).epochs())
+
+
+def test_epochs_are_compared_by_weights_that_do_not_move(tmp_path):
+    config = TrainConfig.model_validate({**CONFIG.model_dump(), **EVERYTHING})
+    trainer = Trainer(Prepared.make(with_targets(), SCHEMA, config, tmp_path), config, CPU)
+    for metrics in trainer.epochs():
+        for losses in (metrics["train"], metrics["validation"]):
+            usual = losses["reconstruct"] + 0.1 * losses["contrast"] + losses["predict"]
+            assert losses["total"] == pytest.approx(usual, rel=1e-5)
+        assert metrics["weights"]["reconstruct"] == 1.0 != metrics["weights"]["predict"]
+
+
+def test_a_column_may_be_called_as_the_sum_is(tmp_path):
+    schema = FeatureSchema.from_yaml("name: t\nid: id\nfeatures: {total: {kind: numeric}, genres: {kind: multi}}")
+    films = table(60).rename_columns({"year": "total"})
+    metrics = next(Trainer(Prepared.make(films, schema, CONFIG, tmp_path), CONFIG, CPU).epochs())
+    assert of_columns(metrics["validation"]).keys() == {"total", "genres"}
+    both = metrics["validation"]["reconstruct"] + 0.1 * metrics["validation"]["contrast"]
+    assert metrics["validation"]["total"] == pytest.approx(both)
+
+
+class Neighbors:
+    """Every film was liked together with the next one of its fold."""
+
+    def __init__(self, data: Prepared) -> None:
+        self._items = {fold: data.items(fold) for fold in (TRAIN, VALIDATION)}
+        self.popularity = torch.full((data.table.n,), 1 / data.table.n)
+
+    def pairs(self, count, fold, generator):
+        there = self._items[TRAIN][torch.randint(len(self._items[TRAIN]), (count,), generator=generator)]
+        return there, self._items[fold][there % len(self._items[fold])]
+
+
+def test_interactions_are_learned_from_in_training_and_judged_on_the_validation_fold(data):
+    engaged = dataclasses.replace(data, interactions=Neighbors(data))
+    config = CONFIG.model_copy(update={"co_engage": CoEngageConfig(pairs=32, negatives=8)})
+    trainer = Trainer(engaged, config, CPU)
+    seen = []
+    trainer.task.co_engage.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    history = list(trainer.epochs())
+    assert history[-1]["train"]["co_engage"] < history[0]["train"]["co_engage"]
+    assert "co_engage" in history[0]["validation"]
+    validation = set(data.items(VALIDATION).tolist())
+    for paired in seen:
+        anchors, positives, drawn = paired[:32].tolist(), paired[32:64].tolist(), paired[64:].tolist()
+        assert len(drawn) == 8 and not validation & {*anchors, *drawn}
+        assert set(positives) <= validation or not validation & set(positives)
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------
@@ -143,6 +217,18 @@ def test_two_workers_train_as_well_as_one(ray_cluster, data, tmp_path):
     bare = Trainer(data, config, CPU)
     list(bare.epochs())
     assert two["best_loss"] == pytest.approx(bare.best_loss, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["gradient", "uncertainty"])
+def test_every_objective_trains_on_two_workers(ray_cluster, tmp_path, balance):
+    config = TrainConfig.model_validate({**CONFIG.model_dump(), **EVERYTHING, "epochs": 8, "balance": balance})
+    data = Prepared.make(with_targets(), SCHEMA, config, tmp_path)
+    with cluster.connected(ClusterConfig()):
+        two = cluster.fit(tmp_path, config, ClusterConfig(workers=2))
+    bare = Trainer(data, config, CPU)
+    list(bare.epochs())
+    assert two["best_loss"] == pytest.approx(bare.best_loss, rel=0.1)
 
 
 @pytest.mark.slow

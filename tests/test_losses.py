@@ -27,10 +27,66 @@ def test_ordinal_asks_once_per_step_so_that_far_misses_cost_more():
     assert costs == pytest.approx([right + 2 * wrong, 2 * right + wrong, 3 * right, 2 * right + wrong])
 
 
-def test_numeric_is_square_near_and_linear_far():
+def test_huber_is_square_near_and_linear_far():
     # Huber with threshold 1: 0.5 * 0.6^2 = 0.18; 4 - 0.5 = 3.5.
     predicted, value = torch.tensor([[0.0], [0.0]]), torch.tensor([[0.6], [-4.0]])
-    assert losses.numeric(predicted, value).tolist() == pytest.approx([0.18, 3.5])
+    assert losses.huber(predicted, value).tolist() == pytest.approx([0.18, 3.5])
+
+
+def test_l2_is_half_the_square_and_l1_the_distance():
+    # 0.6^2 / 2 + 4^2 / 2 = 8.18; 0.6 + 4.
+    predicted, value = torch.zeros(1, 2), torch.tensor([[0.6, -4.0]])
+    assert losses.l2(predicted, value).item() == pytest.approx(8.18)
+    assert losses.l1(predicted, value).item() == pytest.approx(4.6)
+
+
+def test_hinge_is_what_the_right_class_lacks_of_a_lead_of_one():
+    # Leads by 2; leads by 0.25; is behind the best other, the third, by 3.
+    logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.75, 0.0], [0.0, 1.0, 3.0]])
+    assert losses.hinge(logits, torch.tensor([0, 0, 0])).tolist() == pytest.approx([0.0, 0.75, 4.0])
+
+
+def test_gaussian_kl_is_nothing_for_the_prior_and_half_the_square_of_a_shifted_mean():
+    # Of variance 1/4 around 0: (1/4 - 1 + log 4) / 2 = 0.3181.
+    mean, log_variance = torch.tensor([[0.0], [3.0], [0.0]]), torch.tensor([[0.0], [0.0], [-math.log(4)]])
+    assert losses.gaussian_kl(mean, log_variance).tolist() == pytest.approx([0.0, 4.5, 0.31815], abs=1e-5)
+
+
+EAST, NORTH = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+NO_CLASH = torch.zeros(2, 2, dtype=torch.bool)
+
+
+def softmax_of_pairs(clash=NO_CLASH, share=(0.5, 0.5), correction=0.0, temperature=1.0):
+    """Two pairs, each of equal vectors, the pairs at a right angle."""
+    pairs = torch.stack([EAST, NORTH])
+    return losses.in_batch_softmax(pairs, pairs, clash, torch.tensor(share).log(), temperature, correction).tolist()
+
+
+def test_in_batch_softmax_finds_the_own_positive_among_those_of_the_others():
+    # Cosine 1 against cosine 0: e / (e + 1); at temperature 1/2 e^2 / (e^2 + 1).
+    assert softmax_of_pairs() == pytest.approx([math.log(1 + math.exp(-1))] * 2)
+    assert softmax_of_pairs(temperature=0.5) == pytest.approx([math.log(1 + math.exp(-2))] * 2)
+
+
+def test_popularity_correction_takes_out_how_often_an_item_is_drawn():
+    # Drawn with 3/4 and 1/4, logits less log q are e * 4/3 : 4 for the first and 4/3 : e * 4 for the second.
+    first, second = math.log(1 + 3 / math.e), math.log(1 + 1 / (3 * math.e))
+    assert softmax_of_pairs(share=(0.75, 0.25), correction=1.0) == pytest.approx([first, second])
+    assert softmax_of_pairs(share=(0.75, 0.25), correction=0.0) == softmax_of_pairs()
+    half = math.log(1 + math.sqrt(3) / math.e)
+    assert softmax_of_pairs(share=(0.75, 0.25), correction=0.5)[0] == pytest.approx(half)
+
+
+def test_a_candidate_that_is_the_positive_once_more_is_no_negative():
+    # Nothing is left to be told apart from; and that the diagonal clashes too must not matter.
+    assert softmax_of_pairs(clash=torch.ones(2, 2, dtype=torch.bool)) == pytest.approx([0.0, 0.0])
+
+
+def test_more_candidates_than_anchors_are_more_negatives():
+    # A third candidate, as far away as the second: e / (e + 2).
+    three = torch.eye(3)
+    loss = losses.in_batch_softmax(three[:2], three, torch.zeros(2, 3, dtype=torch.bool), torch.zeros(3), 1.0, 1.0)
+    assert loss.tolist() == pytest.approx([math.log(1 + 2 / math.e)] * 2)
 
 
 def test_presence_is_binary_cross_entropy():

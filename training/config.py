@@ -22,10 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-from itemvec.encoder import EncoderConfig
+from itemvec.encoder import EncoderConfig, Width
 from itemvec.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = NonNegativeFloat | Literal["auto"]
+"""What an objective's loss counts in the sum; `auto` leaves it to `balance`, and 0 turns the objective off."""
 
 
 class _Settings(BaseModel):
@@ -37,6 +39,9 @@ class CorruptionConfig(_Settings):
 
     `swap` and `mask` are of whole columns, `thin` and `unseen` of single labels.
     """
+
+    whole: Share = 0.0
+    """Items that are not damaged: what is whole is read back more exactly, and neighbors depend more on single columns."""
 
     swap: Share = 0.1
     """Columns that are taken from another item: the encoder learns to doubt what does not fit the rest."""
@@ -58,35 +63,120 @@ class CorruptionConfig(_Settings):
 
 
 class ReconstructConfig(_Settings):
-    weight: NonNegativeFloat = 1.0
-    """What the decoder's loss counts in the sum of the objectives; 0 turns it off, and no column can be read back
-    then."""
+    weight: Weight = "auto"
+    """With 0 no column can be read back."""
 
     negatives: PositiveInt = 512
     """Labels that a large column is scored on in a step, besides those that the items have. Columns of twice as many
     labels or fewer are scored whole."""
 
+    variational: NonNegativeFloat = 0.0
+    """Above 0 the decoder reads a noisy copy of the embedding, and a step pays this much for each nat by which the
+    noise of a number differs from that of the prior: a smoother space, that is read back less exactly. Noise is for
+    training only."""
+
 
 class ContrastConfig(_Settings):
-    weight: NonNegativeFloat = 0.1
-    """What it counts; with 0 a step encodes one damaged copy of an item instead of two. It lifts neighbors over what
-    reconstruction alone gives; from about 0.3 on it costs what can be read back, and gains no more."""
+    weight: Weight = 0.1
+    """With 0 a step encodes one damaged copy of an item instead of two. It lifts neighbors over what reconstruction
+    alone gives; from about 0.3 on it costs what can be read back, and gains no more. Balanced it came to 0.15 on films,
+    and was no better."""
 
     temperature: PositiveFloat = 0.2
     """Lower looks at the hardest of the other items only."""
 
 
+class TargetConfig(_Settings):
+    """A column of the table that the embedding has to predict. It must not be a feature: its own value would leak."""
+
+    loss: Literal["huber", "l2", "l1", "cross_entropy", "hinge"]
+    """The first three are regressions, of a column of numbers: `l1` for the median, `l2` for the mean, `huber` between
+    them. The others tell the classes of a column of labels apart: `hinge` stops where the right one leads by 1."""
+
+    scale: Literal["standard", "log"] = "standard"
+    """Of a regression; `log` for amounts over orders of magnitude (needs values >= 0)."""
+
+    weight: NonNegativeFloat = 1.0
+    """Against the other targets."""
+
+
+class PredictConfig(_Settings):
+    """Targets by the names of their columns, such as {revenue: {loss: huber, scale: log}}."""
+
+    weight: Weight = "auto"
+
+    targets: dict[str, TargetConfig] = {}
+    """Rows that lack a target are left out of its loss."""
+
+    hidden: tuple[Width, ...] = ()
+    """Widths of the layers between embedding and prediction; `[]` asks for what a linear model can read."""
+
+
+class CoEngageConfig(_Settings):
+    """Items that the same users liked attract each other; it is learned where there are interactions."""
+
+    weight: Weight = "auto"
+
+    pairs: PositiveInt = 256
+    """Pairs of items a step, over all workers together."""
+
+    temperature: PositiveFloat = 0.1
+
+    popularity_correction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """1 takes out that popular items are in every batch (Yi et al. 2019), and embeddings recommend; 0 leaves it in, and
+    they are similar. Between them it is taken out in part."""
+
+    negatives: NonNegativeInt = 0
+    """Items drawn alike from the whole table that every pair is told apart from, besides those of the batch (mixed
+    negatives, Yang et al. 2020): without them items that nobody likes are never pushed away."""
+
+
+class InteractionsConfig(_Settings):
+    """The columns of the table of interactions, a row of which says that a user met an item."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+
+    weight: str | None = None
+    """The column that says how much the user liked the item; without it every row is a like."""
+
+    least: float | None = None
+    """Rows of at least this weight are likes."""
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> "InteractionsConfig":
+        if (self.weight is None) != (self.least is None):
+            raise ValueError("weight names the column that least is compared with: give both or neither")
+        return self
+
+
 class OptimizerConfig(_Settings):
-    """AdamW for the layers; for the two tables Adam, on CPU with the gradients of the rows that a batch used."""
+    """One method for the layers; for the tables Adam, on CPU with the gradients of the rows that a batch used."""
 
-    learning_rate: PositiveFloat = 2e-3
+    method: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Of the layers. `adam` decays weights by way of the gradient; `sgd` wants a `learning_rate` of its own."""
 
-    table_learning_rate: PositiveFloat = 5e-3
-    """Rows of rare labels see few steps, so theirs are longer."""
+    learning_rate: PositiveFloat = 4e-3
+
+    table_learning_rate: PositiveFloat = 2e-2
+    """Rows of rare labels see few steps, so theirs are longer. On films, twice as long ones give better neighbors
+    still, but the loss on the validation rows begins to rise."""
+
+    momentum: Share = 0.9
+    """Of `sgd`."""
 
     weight_decay: NonNegativeFloat = 0.01
+
+    schedule: Literal["cosine", "constant", "one_cycle", "step", "plateau"] = "cosine"
+    """How the rates move: `cosine` rises over `warmup` and falls to 0; `one_cycle` rises over 0.3 of the steps from a
+    25th (Smith and Topin 2017); `step` and `plateau` are multiplied by `factor`, at every `every`-th epoch or after so
+    many without a better validation loss."""
+
     warmup: Share = 0.05
-    """Share of the steps over which the rate rises; from there it falls to 0 along a cosine."""
+    """Share of the steps over which the rates rise; `one_cycle` has its own rise."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    every: PositiveInt = 3
 
     clip: PositiveFloat = 1.0
     """Largest length of the layers' gradient."""
@@ -97,6 +187,26 @@ class TrainConfig(_Settings):
     corruption: CorruptionConfig = CorruptionConfig()
     reconstruct: ReconstructConfig = ReconstructConfig()
     contrast: ContrastConfig = ContrastConfig()
+    predict: PredictConfig = PredictConfig()
+    co_engage: CoEngageConfig = CoEngageConfig()
+    interactions: InteractionsConfig = InteractionsConfig()
+
+    start: Literal["components", "random"] = "components"
+    """Where the encoder starts: at the principal components of the columns, so that it begins with what a linear method
+    knows; with interactions, each column first gets the weight by which likes are best foreseen."""
+
+    warm: bool = True
+    """Where a run follows a version (`itemvec retrain`, or `itemvec train --from`) and the network has the same shape,
+    it starts with that version's weights instead: known labels keep their rows, new ones begin as unseen ones did."""
+
+    compatible: NonNegativeFloat = 0.0
+    """What it counts that an item's vector stays where that version has it (backward-compatible training, Shen et al.
+    2020), so that old and new vectors can be compared; what is learned anew then moves less."""
+
+    balance: Literal["gradient", "uncertainty", "none"] = "gradient"
+    """How objectives whose weight is `auto` are weighted, where there are several: so that they pull the embedding
+    equally hard, by their learned uncertainty, or each by 1 (`contrast` and `co_engage` by 0.1)."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
 
     epochs: PositiveInt = 8
@@ -122,9 +232,7 @@ class TrainConfig(_Settings):
     """What a killed worker or driver loses at most, besides the epoch that it was in."""
 
     @model_validator(mode="after")
-    def _has_an_objective(self) -> "TrainConfig":
-        if not self.reconstruct.weight and not self.contrast.weight:
-            raise ValueError("reconstruct.weight and contrast.weight are both 0: there is nothing to learn")
+    def _leaves_rows(self) -> "TrainConfig":
         if self.test + self.validation > 0.9:
             raise ValueError("test and validation together leave less than a tenth of the rows to train on")
         return self

@@ -11,9 +11,9 @@ The gather is the only way a batch is made. A clean batch has one source per row
 source of some columns, mask noise the item in which all is missing.
 """
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,26 +27,15 @@ from itemvec.check import require_fit
 from itemvec.errors import TableError
 from itemvec.features import MISSING, OOV, Batch, FeatureTransform, Layout
 from itemvec.schema import FeatureSchema
+from training import losses, targets
 from training.config import CorruptionConfig, TrainConfig
-
-TRAIN: Final = 0
-VALIDATION: Final = 1
-TEST: Final = 2
+from training.folds import TRAIN, fold_of
+from training.interactions import Interactions
+from training.parent import Parent
+from training.targets import Target
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """dense (B, D), indices (nnz,), weights (nnz,), lengths (B, F): the order of `ItemEncoder.forward`."""
-
-
-def fold_of(ids: Iterable[str], test: float, validation: float) -> npt.NDArray[np.int8]:
-    """(n,) 0 train, 1 validation, 2 test; by a hash of the id alone, so a row keeps its fold in every version of the
-    table.
-
-    >>> fold_of(["tt0133093", "tt0234215", "tt0084787"], test=0.5, validation=0.25)
-    array([1, 1, 2], dtype=int8)
-    """
-    digests = (hashlib.sha256(i.encode("utf-8", "surrogatepass")).digest()[:8] for i in ids)
-    place = np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
-    return np.where(place < test, 2, np.where(place < test + validation, 1, 0)).astype(np.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +172,18 @@ def corrupt(
     source = torch.where((draw >= how.swap) & (draw < how.swap + how.mask), table.all_missing, source)
     if how.unseen:  # also for columns of which single labels make no sense, the ordinal ones
         source = torch.where(draw > 1 - how.unseen, table.all_unseen, source)
+    spared = torch.rand(b, generator=generator, device=device) < how.whole
+    source = torch.where(spared[:, None], items[:, None], source)
     dense, indices, weights, lengths = table.gather(source[:, : table.bag_count], source[:, table.bag_count :])
-    indices, weights = _damage_labels(indices, weights, lengths, how, layout, generator)
+    indices, weights = _damage_labels(indices, weights, lengths, spared, how, layout, generator)
     return dense, indices, weights, lengths
 
 
 def _damage_labels(
-    indices: Tensor, weights: Tensor, lengths: Tensor, how: CorruptionConfig, layout: Layout, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Takes some labels out of their sets and makes others unseen ones.
+    indices: Tensor, weights: Tensor, lengths: Tensor, spared: Tensor, how: CorruptionConfig, layout: Layout,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Takes some labels out of their sets and makes others unseen ones, but for the items `spared` (B,).
 
     What is left counts as serving would count it: a set of m distinct rows weighs 1/sqrt(m) each, and several unseen
     labels are one row. A label that is out keeps its place with weight 0.
@@ -206,9 +198,10 @@ def _damage_labels(
     has_labels = torch.tensor([slot.kind in ("nominal", "multi") for slot in layout.bags], device=device)[column]
     base = torch.tensor([slot.base for slot in layout.bags], device=device)[column]
     draw = torch.rand(len(indices), generator=generator, device=device)
-    unseen = has_labels & (draw < how.unseen) & (indices != base + MISSING)
+    damaged = ~spared[bag // lengths.shape[1]]
+    unseen = damaged & has_labels & (draw < how.unseen) & (indices != base + MISSING)
     indices = torch.where(unseen, base + OOV, indices)
-    kept = ~(is_set & (draw > 1 - how.thin))
+    kept = ~(damaged & is_set & (draw > 1 - how.thin))
     unseen_here = indices == base + OOV
     before = (unseen_here & kept).long().cumsum(0)
     starts = sizes.cumsum(0) - sizes
@@ -255,8 +248,10 @@ class Marginals:
             spread[flag] = -(share * share.log() + (1 - share) * (1 - share).log())
             for column in range(slot.start, flag):
                 values = some[present, column]
-                centre[column] = best_huber_constant(values)
-                spread[column] = _huber(values - centre[column]).sum() / max(len(some), 1)
+                centre[column] = losses.best_huber_constant(values)
+                spread[column] = losses.huber(values[:, None], centre[column].expand(len(values), 1)).sum() / max(
+                    len(some), 1
+                )
         return cls(count.float(), centre.float(), spread.float(), len(items))
 
     def save(self, path: Path) -> None:
@@ -267,26 +262,6 @@ class Marginals:
         with np.load(path) as f:
             count, centre, spread = (torch.from_numpy(f[name]) for name in ("count", "centre", "spread"))
             return cls(count, centre, spread, int(f["n"]))
-
-
-def _huber(error: Tensor) -> Tensor:
-    size = error.abs()
-    return torch.where(size < 1, 0.5 * error**2, size - 0.5)
-
-
-def best_huber_constant(values: Tensor) -> float:
-    """The constant with the least Huber loss (threshold 1): iterated weighted means.
-
-    >>> best_huber_constant(torch.tensor([0.0, 0.0, 0.0, 100.0]))    # 3c = 1, where the outlier pulls with force 1
-    0.333...
-    """
-    if len(values) == 0:
-        return 0.0
-    constant = values.median()
-    for _ in range(50):
-        weight = 1 / (values - constant).abs().clamp(min=1)
-        constant = (weight * values).sum() / weight.sum()
-    return float(constant)
 
 
 MIN_TRAIN_ROWS: Final = 8
@@ -303,6 +278,16 @@ class Prepared:
     """(n,)"""
 
     marginals: Marginals
+
+    targets: tuple[Target, ...] = ()
+
+    interactions: Interactions | None = None
+
+    gains: Mapping[str, float] = field(default_factory=dict)
+    """Per column how much it counts in the components that training starts from; 1 where nothing is said."""
+
+    parent: Parent | None = None
+    """The version that this run follows."""
 
     @property
     def layout(self) -> Layout:
@@ -326,18 +311,35 @@ class Prepared:
             )
         transform = FeatureTransform.fit(table.take(train), schema, source)
         encoded = transform.transform_table(table)
+        aims = targets.fit(table, schema, config.predict, train)
         folder.mkdir(parents=True, exist_ok=True)
         schema.save(folder / "schema.yaml")
         transform.save(folder / "transform")
         EncodedTable.write(folder / "table", encoded, transform.layout)
         np.save(folder / "fold.npy", fold)
+        targets.save(aims, folder / "targets")
         opened = EncodedTable.open(folder / "table")
         marginals = Marginals.of(opened, torch.from_numpy(train), transform.layout)
         marginals.save(folder / "marginals.npz")
-        return cls(transform, opened, fold, marginals)
+        return cls(transform, opened, fold, marginals, aims)
 
     @classmethod
     def open(cls, folder: Path) -> "Prepared":
         transform = FeatureTransform.load(folder / "transform", FeatureSchema.load(folder / "schema.yaml"))
         marginals = Marginals.load(folder / "marginals.npz")
-        return cls(transform, EncodedTable.open(folder / "table"), np.load(folder / "fold.npy"), marginals)
+        aims, fold = targets.load(folder / "targets"), np.load(folder / "fold.npy")
+        likes = Interactions.open(folder / "likes.npz", fold)
+        gains = json.loads(path.read_text()) if (path := folder / "gains.json").exists() else {}
+        parent = Parent.open(folder / "parent")
+        return cls(transform, EncodedTable.open(folder / "table"), fold, marginals, aims, likes, gains, parent)
+
+    def with_likes(self, interactions: Interactions, gains: Mapping[str, float], folder: Path) -> "Prepared":
+        """The same with what users liked, also for those who open the folder."""
+        interactions.save(folder / "likes.npz")
+        (folder / "gains.json").write_text(json.dumps(dict(gains)))
+        return replace(self, interactions=interactions, gains=gains)
+
+    def with_parent(self, parent: Parent, folder: Path) -> "Prepared":
+        """The same with what is taken from an earlier version, also for those who open the folder."""
+        parent.save(folder / "parent")
+        return replace(self, parent=parent)

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from itemvec.encoder import Decoder, ItemEncoder
 from training.config import TrainConfig
-from training.data import TRAIN, VALIDATION, Prepared, Tensors, corrupt
-from training.objectives import Task
+from training.data import Prepared, Tensors, corrupt
+from training.folds import TRAIN, VALIDATION
+from training.objectives import Given, Task
+from training.optimize import Optimization
+from training.start import start_from_components
 
 PROGRESS = "progress.jsonl"
 SECONDS_BETWEEN_STEPS_TOLD = 1.0
@@ -72,10 +75,15 @@ class Trainer:
     ) -> None:
         self.data, self.config, self.device, self.rank, self.workers = data, config, device, rank, workers
         torch.manual_seed(config.seed)  # equal first weights on every worker
-        layout, weights = data.layout, {f.name: f.weight for f in data.transform.schema.features}
-        encoder, decoder = ItemEncoder(config.encoder, layout), Decoder(config.encoder, layout)
-        self.task = Task(encoder, decoder, layout, data.marginals, weights, config).to(device)
+        encoder, decoder = ItemEncoder(config.encoder, data.layout), Decoder(config.encoder, data.layout)
+        self.task = Task(encoder, decoder, data, config).to(device)
         self.task.reconstruct.start_from_marginals()
+        if data.parent is not None and data.parent.encoder is not None and data.parent.decoder is not None:
+            encoder.load_state_dict(data.parent.encoder)
+            decoder.load_state_dict(data.parent.decoder)
+        elif config.start == "components":
+            start_from_components(encoder, data)
+            self._copy_of_the_first(encoder)
         self.sparse = device.type == "cpu"  # gloo adds up sparse gradients over workers, NCCL does not
         self.task.sparse_gradients(self.sparse)
         self.model = self._distributed() if workers > 1 else self.task
@@ -84,7 +92,10 @@ class Trainer:
         """Items a step on this worker; equal on all of them."""
         self.steps = max(1, len(self.train_items) // (self.batch * workers))
         self.table = _placed(data, device)
-        self.optimizers = self._optimizers()
+        self.optimization = Optimization(
+            self.task.layer_parameters(), self.task.table_parameters(), config.optimizer, config.epochs, self.steps,
+            self.sparse,
+        )  # fmt: skip
         self.epoch, self.waited = 0, 0
         self.best_loss, self.best_epoch = math.inf, -1
         self.best: dict[str, dict[str, Tensor]] = {}
@@ -106,6 +117,7 @@ class Trainer:
             validation = self.validate()
             self.epoch += 1
             loss = validation["total"]
+            self.optimization.epoch_ended(loss)
             better = loss < self.best_loss
             if not math.isfinite(loss):
                 raise RuntimeError(
@@ -119,7 +131,7 @@ class Trainer:
             metrics = {
                 "epoch": self.epoch, "epochs": self.config.epochs, "train": train, "validation": validation, "best":
                 better, "seconds": round(trained, 3), "items_per_second": round(self.steps * self.batch * self.workers /
-                trained, 1),
+                trained, 1), "weights": self.task.balance.weights(),
             }  # fmt: skip
             self.history.append(metrics)
             tell(metrics)
@@ -135,39 +147,55 @@ class Trainer:
         told = time.monotonic()
         for step in range(self.steps):
             first = (step * self.workers + self.rank) * self.batch
-            parts = self._step(self.train_items[order[first : first + self.batch]], step, noise)
+            parts = self._step(self.train_items[order[first : first + self.batch]], noise)
             for name, loss in parts.items():
                 sums[name] = sums.get(name, 0) + loss
             if time.monotonic() - told > SECONDS_BETWEEN_STEPS_TOLD:
                 told = time.monotonic()
                 tell({"epoch": self.epoch, "epochs": self.config.epochs, "step": step + 1, "steps": self.steps})
-        return self._mean_over_workers({name: loss / self.steps for name, loss in sums.items()})
+        mean = self._mean_over_workers({name: loss / self.steps for name, loss in sums.items()})
+        return {"total": self.task.balance.compared(mean), **mean}
 
-    def _step(self, items: Tensor, step: int, noise: torch.Generator) -> dict[str, Tensor]:
-        config, layout = self.config, self.data.layout
-        items = items.to(self.table.dense.device)
-        damaged = corrupt(self.table, items.repeat(self.task.views), self.train_items, config.corruption, layout, noise)
-        clean = self.table.clean(items)
+    def _step(self, items: Tensor, noise: torch.Generator) -> dict[str, Tensor]:
+        damaged, given = self._batch(items, noise, TRAIN)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            total, parts = self.model(self._moved(damaged), self._moved(clean))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            total, parts = self.model(damaged, given)
+        self.optimization.zero_grad()
         total.backward()
         if self.sparse and self.workers > 1:
             self._add_up_table_gradients()
-        nn.utils.clip_grad_norm_(self.task.layer_parameters(), config.optimizer.clip)
-        rate = self._rate(self.epoch * self.steps + step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["full_rate"] * rate
-            optimizer.step()
-        return {"total": total.detach(), **{name: loss.detach() for name, loss in parts.items()}}
+        self.optimization.step()
+        return {name: loss.detach() for name, loss in parts.items()}
 
-    def _rate(self, step: int) -> float:
-        """The share of the full learning rate: a linear rise, then a cosine down to 0."""
-        total = self.config.epochs * self.steps
-        warmup = self.config.optimizer.warmup * total
-        return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / total))
+    def _batch(self, items: Tensor, noise: torch.Generator, fold: int) -> tuple[Tensors, Given]:
+        """What the task is given of `items` (B,), and of pairs of items whose positives are of the fold."""
+        items = items.to(self.table.dense.device)
+        paired = self._paired(fold)
+        copies = items.repeat(self.task.views)
+        encoded = copies if paired is None else torch.cat([copies, paired])
+        damaged = corrupt(self.table, encoded, self.train_items, self.config.corruption, self.data.layout, noise)
+        targets = {target.name: target.values[items.cpu()].to(self.device) for target in self.data.targets}
+        paired = None if paired is None else paired.to(self.device)
+        return self._moved(damaged), Given(self._moved(self.table.clean(items)), targets, paired, self._before(items))
+
+    def _before(self, items: Tensor) -> Tensor | None:
+        """(B, dim) where the version that this run follows has the items; None where that counts nothing."""
+        if self.data.parent is None or not self.config.compatible:
+            return None
+        before = self.data.parent.as_trained(items.cpu())
+        return None if before is None else before.to(self.device)
+
+    def _paired(self, fold: int) -> Tensor | None:
+        """This worker's part of the anchors, their positives, and the items drawn alike."""
+        config, interactions = self.config.co_engage, self.data.interactions
+        if interactions is None or config.weight == 0:
+            return None
+        share = max(2, config.pairs // self.workers)
+        anchors, positives = interactions.pairs(share, fold, torch.default_generator)
+        if len(anchors) == 0:
+            return None
+        drawn = torch.randint(len(self.train_items), (len(anchors) * config.negatives // config.pairs,))
+        return torch.cat([anchors, positives, self.train_items[drawn]]).to(self.table.dense.device)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -180,27 +208,22 @@ class Trainer:
         sums: dict[str, float] = {}
         parts = torch.split(self.validation_items, max(2, self.config.batch_size))
         for part in parts:
-            items = part.to(self.table.dense.device)
-            how, layout = self.config.corruption, self.data.layout
-            damaged = corrupt(self.table, items.repeat(self.task.views), self.train_items, how, layout, generator)
-            total, losses = self.task(self._moved(damaged), self._moved(self.table.clean(items)))
-            for name, loss in {"total": total, **losses}.items():
-                sums[name] = sums.get(name, 0.0) + float(loss) * len(items) / len(self.validation_items)
+            _, losses = self.task(*self._batch(part, generator, VALIDATION))
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss) * len(part) / len(self.validation_items)
         torch.set_rng_state(state)
-        return sums
+        return {"total": self.task.balance.compared(sums), **sums}
 
     def state(self) -> dict[str, Any]:
         return {
-            "weights": self._weights(), "best": self.best, "best_loss": self.best_loss, "best_epoch": self.best_epoch,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "task": copy.deepcopy(self.task.state_dict()), "optimization": self.optimization.state_dict(),
+            "best": self.best, "best_loss": self.best_loss, "best_epoch": self.best_epoch,
             "epoch": self.epoch, "waited": self.waited, "history": json.dumps(self.history),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.task.encoder.load_state_dict(state["weights"]["encoder"])
-        self.task.decoder.load_state_dict(state["weights"]["decoder"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.task.load_state_dict(state["task"])
+        self.optimization.load_state_dict(state["optimization"])
         self.best, self.best_loss, self.best_epoch = state["best"], state["best_loss"], state["best_epoch"]
         self.epoch, self.waited, self.history = state["epoch"], state["waited"], json.loads(state["history"])
 
@@ -216,14 +239,23 @@ class Trainer:
         return {
             "encoder": copy.deepcopy(self.task.encoder.state_dict()),
             "decoder": copy.deepcopy(self.task.decoder.state_dict()),
+            "predict": copy.deepcopy(self.task.predict.state_dict()),
         }
 
+    def _copy_of_the_first(self, encoder: ItemEncoder) -> None:
+        """What was computed on another processor may differ in its last bit, and workers must start alike."""
+        if self.workers > 1:
+            for parameter in encoder.parameters():
+                torch.distributed.broadcast(parameter.data, 0)
+
     def _distributed(self) -> nn.Module:
+        saved = self.task.state_dict().keys()
+        aside = [name for name, _ in self.task.named_buffers() if name not in saved]  # constants: alike on all workers
         if self.sparse:  # DDP knows of sparse gradients in nn.Embedding only, so those of the tables are left to us
             tables = {id(table) for table in self.task.table_parameters()}
-            names = [name for name, parameter in self.task.named_parameters() if id(parameter) in tables]
-            ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # noqa: SLF001
-            ignore(self.task, names)  # type: ignore[no-untyped-call]
+            aside += [name for name, parameter in self.task.named_parameters() if id(parameter) in tables]
+        ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # noqa: SLF001
+        ignore(self.task, aside)  # type: ignore[no-untyped-call]
         return nn.parallel.DistributedDataParallel(
             self.task, device_ids=[self.device] if self.device.type == "cuda" else None, find_unused_parameters=True
         )
@@ -236,22 +268,6 @@ class Trainer:
             gradient = gradient.coalesce()
             torch.distributed.all_reduce(gradient)
             table.grad = gradient / self.workers
-
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        config = self.config.optimizer
-        layers, tables = self.task.layer_parameters(), self.task.table_parameters()
-        fused = self.device.type == "cuda"
-        made: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(layers, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
-        ]
-        if tables and self.sparse:
-            made.append(torch.optim.SparseAdam(tables, lr=config.table_learning_rate))
-        elif tables:
-            made.append(torch.optim.Adam(tables, lr=config.table_learning_rate, fused=fused))
-        for optimizer in made:
-            for group in optimizer.param_groups:
-                group["full_rate"] = group["lr"]
-        return made
 
     def _validation_items(self) -> Tensor:
         items = self.data.items(VALIDATION)

@@ -1,6 +1,6 @@
-"""The loss of each feature kind, as plain functions of logits and targets. All give one number per item.
+"""The losses of the feature kinds and of the objectives, as plain functions. All give one number per item.
 
-n items, K labels or rows of a column, m positives, S sampled rows.
+n items, K labels or rows of a column, m positives, S sampled rows, d numbers in an embedding.
 """
 
 import torch
@@ -40,13 +40,57 @@ def ordinal(logits: Tensor, rank: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, above, reduction="none").sum(1)
 
 
-def numeric(predicted: Tensor, value: Tensor) -> Tensor:
-    """Huber loss with threshold 1 on standardised values, summed over a column's floats. (n, w), (n, w) -> (n,)
+def huber(predicted: Tensor, value: Tensor) -> Tensor:
+    """Square near and linear beyond 1, on standardised values, summed over a column's floats. (n, w), (n, w) -> (n,)
 
-    >>> numeric(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 3.0]]))    # 0.5^2 / 2 + (3 - 1/2)
+    >>> huber(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 3.0]]))    # 0.5^2 / 2 + (3 - 1/2)
     tensor([2.6250])
     """
     return functional.huber_loss(predicted, value, reduction="none").sum(1)
+
+
+def best_huber_constant(values: Tensor) -> float:
+    """The constant with the least Huber loss (threshold 1): iterated weighted means.
+
+    >>> best_huber_constant(torch.tensor([0.0, 0.0, 0.0, 100.0]))    # 3c = 1, where the outlier pulls with force 1
+    0.333...
+    """
+    if len(values) == 0:
+        return 0.0
+    constant = values.median()
+    for _ in range(50):
+        weight = 1 / (values - constant).abs().clamp(min=1)
+        constant = (weight * values).sum() / weight.sum()
+    return float(constant)
+
+
+def l2(predicted: Tensor, value: Tensor) -> Tensor:
+    """Half the squared error, summed over a column's floats: the mean is the best constant. (n, w), (n, w) -> (n,)
+
+    >>> l2(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 3.0]]))    # (0.25 + 9) / 2
+    tensor([4.6250])
+    """
+    return 0.5 * functional.mse_loss(predicted, value, reduction="none").sum(1)
+
+
+def l1(predicted: Tensor, value: Tensor) -> Tensor:
+    """The absolute error, summed over a column's floats: the median is the best constant. (n, w), (n, w) -> (n,)
+
+    >>> l1(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, -3.0]]))
+    tensor([3.5000])
+    """
+    return functional.l1_loss(predicted, value, reduction="none").sum(1)
+
+
+def hinge(logits: Tensor, label: Tensor) -> Tensor:
+    """By how much the label's logit fails to lead all others by 1 (Crammer and Singer 2001). (n, K), (n,) -> (n,)
+
+    >>> hinge(torch.tensor([[3.0, 1.0, 0.0], [0.5, 1.0, 0.0]]), torch.tensor([0, 0]))    # leads by 2; by -0.5
+    tensor([0.0000, 1.5000])
+    """
+    right = logits.gather(1, label[:, None])
+    others = logits.scatter(1, label[:, None], float("-inf"))
+    return functional.relu(1 + others.amax(1) - right[:, 0])
 
 
 def presence(logit: Tensor, missing: Tensor) -> Tensor:
@@ -110,3 +154,34 @@ def info_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=one.device), float("-inf"))
     target = torch.arange(2 * n, device=one.device).roll(n)
     return functional.cross_entropy(logits, target, reduction="none")
+
+
+def in_batch_softmax(
+    anchor: Tensor, candidate: Tensor, clash: Tensor, log_q: Tensor, temperature: float, correction: float
+) -> Tensor:
+    """Anchor i has to find candidate i among all of them, sampled as they are (Yi et al. 2019). -> (n,)
+
+    anchor (n, d) and candidate (C, d), C >= n, unit vectors; clash (n, C): candidates that are no negative of the
+    anchor, because they are the anchor or its positive once more; log_q (C,): the logarithm of how likely each
+    candidate was to be drawn. `correction` of it is subtracted from the logits, so that a popular item, which is in
+    most batches, is not pushed away for that.
+
+    >>> three = torch.eye(3)
+    >>> nobody, alike = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(3)
+    >>> in_batch_softmax(three[:2], three, nobody, alike, temperature=1.0, correction=1.0)    # log((e + 2) / e)
+    tensor([0.5514, 0.5514])
+    """
+    logits = anchor @ candidate.T / temperature - correction * log_q
+    own = torch.eye(len(anchor), len(candidate), dtype=torch.bool, device=anchor.device)
+    logits = logits.masked_fill(clash & ~own, float("-inf"))
+    return functional.cross_entropy(logits, torch.arange(len(anchor), device=anchor.device), reduction="none")
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Divergence of independent normals from the standard one, in nats (Kingma and Welling 2014). (n, d), (n, d) ->
+    (n,)
+
+    >>> gaussian_kl(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))    # 2^2 / 2
+    tensor([2.])
+    """
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)

@@ -2,13 +2,23 @@
 terminal, so that a log file reads well too."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-NOT_COLUMNS = ("total", "reconstruct", "contrast")
+COLUMN = "reconstruct."
+
+
+def of_columns(losses: Mapping[str, float]) -> dict[str, float]:
+    """Of the losses of an epoch, those of columns that are read back, by the columns' names.
+
+    >>> of_columns({"total": 0.9, "reconstruct": 0.8, "reconstruct.genres": 0.7})
+    {'genres': 0.7}
+    """
+    return {name.removeprefix(COLUMN): loss for name, loss in losses.items() if name.startswith(COLUMN)}
 
 
 class Display:
@@ -28,6 +38,7 @@ class Display:
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._task = self._bar.add_task("", total=None, visible=False)
         self._epoch_seconds: list[float] = []
+        self._weights: dict[str, float] = {}
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -79,9 +90,13 @@ class Display:
             f"  validation {validation['total']:.4f}{best}"
             f"  {metrics['items_per_second']:,.0f} items/s  {left:.0f} s left"
         )
-        columns = "  ".join(f"{name} {loss:.3f}" for name, loss in validation.items() if name not in NOT_COLUMNS)
+        columns = "  ".join(f"{name} {loss:.3f}" for name, loss in of_columns(validation).items())
         if columns:
             self.line(f"  [dim]validation loss per column (1 = best constant): {columns}[/]")
+        if metrics["weights"] != self._weights:  # said once where they do not move
+            self._weights = metrics["weights"]
+            weights = "  ".join(f"{name} {weight:.3g}" for name, weight in self._weights.items())
+            self.line(f"  [dim]weights of the objectives: {weights}[/]")
 
     def _begin_loop(self, seconds: float) -> None:
         """The workers began about so long ago; what went before was their start."""

@@ -1,0 +1,139 @@
+"""Interactions: which users liked which items, for the objective `co_engage` and for cold-start figures.
+
+A second table with a row per like: user, item, and maybe how much. An item that a fold holds out is no anchor, and a
+positive only of its own fold, so nothing that is learned has seen what users think of held-out items.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from itemvec.check import require_columns
+from itemvec.errors import TableError
+from itemvec.table import read_table
+from training.config import InteractionsConfig
+from training.folds import TRAIN
+
+LOUDEST = 50
+"""Likes of one user that count at most: who likes a thousand items does not decide for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interactions:
+    """u users, n items of the prepared table; the likes of items that the table does not have are left out."""
+
+    likes: sp.csr_matrix
+    """(u, n) of 1 where a user liked an item"""
+
+    fold: npt.NDArray[np.int8]
+    """(n,)"""
+
+    @classmethod
+    def read(cls, url: str, config: InteractionsConfig, ids: list[str], fold: npt.NDArray[np.int8]) -> "Interactions":
+        """`ids` (n,) of the prepared table's rows. Raises TableError, SchemaMismatch where nothing can be learned."""
+        names = [config.user, config.item, *([config.weight] if config.weight else [])]
+        table = read_table(url, names)
+        require_columns(table, names)
+        if config.weight is not None and config.least is not None:
+            table = table.filter(pc.greater_equal(table.column(config.weight), config.least))
+        row_of = {item: row for row, item in enumerate(ids)}
+        items = np.array([row_of.get(str(item), -1) for item in table.column(config.item).to_pylist()], np.int64)
+        users = table.column(config.user).dictionary_encode().combine_chunks()
+        codes = np.asarray(users.indices.fill_null(-1))
+        there = (items >= 0) & (codes >= 0)
+        if not there.any():
+            raise TableError(
+                f"{url}: none of its {len(items):,} rows is a like of an item of the table "
+                f"(column {config.item!r}, such as {_examples(table, config.item)}; ids are such as {ids[0]!r})"
+            )
+        shape = (len(users.dictionary), len(ids))
+        likes = sp.csr_matrix((np.ones(int(there.sum()), np.float32), (codes[there], items[there])), shape=shape)
+        likes.data[:] = 1.0  # who rated an item twice likes it once
+        return cls(likes, fold)
+
+    @property
+    def popularity(self) -> Tensor:
+        """(n,) the share of the positives of `pairs` among the training rows that each item is; they add up to 1."""
+        train = self._of(TRAIN)
+        count = np.diff(train.indptr)
+        each = np.where(count >= 2, _loudness(count) / np.maximum(count, 1), 0.0)
+        share = np.asarray(train.T @ each).ravel()
+        return torch.from_numpy(share / max(share.sum(), 1e-12)).float()
+
+    def pairs(self, count: int, fold: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(count,) anchors of the training rows and (count,) positives of a fold, each liked by one and the same user;
+        none where the fold has none."""
+        train, other = self._of(TRAIN), self._of(fold)
+        before, after = np.diff(train.indptr), np.diff(other.indptr)
+        enough = (before >= 2) if fold == TRAIN else (before >= 1) & (after >= 1)
+        if not enough.any():
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        user = _draw(np.where(enough, _loudness(after), 0.0), count, generator)
+        one = _draw_below(before[user], generator)
+        if fold == TRAIN:
+            two = (one + 1 + _draw_below(before[user] - 1, generator)) % before[user]
+        else:
+            two = _draw_below(after[user], generator)
+        return _rows(train, user, one), _rows(other, user, two)
+
+    def histories(self, users: int, likes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(users, likes) training items that a user liked each, and (users,) one more of them; where the user liked
+        fewer, some stand there twice. None where no user liked two."""
+        train = self._of(TRAIN)
+        count = np.diff(train.indptr)
+        if not (count >= 2).any():
+            return torch.zeros(0, likes, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        user = _draw(np.where(count >= 2, _loudness(count), 0.0), users, generator)
+        next_one = _draw_below(count[user], generator)
+        others = np.stack(
+            [(next_one + 1 + _draw_below(count[user] - 1, generator)) % count[user] for _ in range(likes)], axis=1
+        )
+        flat = _rows(train, np.repeat(user, likes), others.ravel())
+        return flat.view(users, likes), _rows(train, user, next_one)
+
+    def save(self, path: Path) -> None:
+        sp.save_npz(path, self.likes)
+
+    @classmethod
+    def open(cls, path: Path, fold: npt.NDArray[np.int8]) -> "Interactions | None":
+        return cls(sp.load_npz(path).tocsr(), fold) if path.exists() else None
+
+    def _of(self, fold: int) -> sp.csr_matrix:
+        """(u, n) likes of the fold's items only."""
+        kept = self.likes @ sp.diags((self.fold == fold).astype(np.float32))
+        kept = kept.tocsr()
+        kept.eliminate_zeros()
+        return kept
+
+
+def _loudness(likes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    loudness: npt.NDArray[np.float64] = np.minimum(likes, LOUDEST).astype(np.float64)
+    return loudness
+
+
+def _draw(weight: npt.NDArray[np.float64], count: int, generator: torch.Generator) -> npt.NDArray[np.int64]:
+    ends = np.cumsum(weight)
+    place = torch.rand(count, generator=generator, dtype=torch.float64).numpy() * ends[-1]
+    found: npt.NDArray[np.int64] = np.searchsorted(ends, place, side="right")
+    return found
+
+
+def _draw_below(bound: npt.NDArray[np.integer], generator: torch.Generator) -> npt.NDArray[np.int64]:
+    share = torch.rand(len(bound), generator=generator, dtype=torch.float64).numpy()
+    below: npt.NDArray[np.int64] = np.minimum((share * bound).astype(np.int64), bound - 1)
+    return below
+
+
+def _rows(likes: sp.csr_matrix, user: npt.NDArray[np.int64], place: npt.NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(likes.indices[likes.indptr[user] + place].astype(np.int64))
+
+
+def _examples(table: pa.Table, name: str) -> str:
+    return ", ".join(repr(value) for value in table.column(name).slice(0, 2).to_pylist())
