@@ -73,8 +73,10 @@ class Commands(click.Group):
 ORDER = {
     "demo": "Train on the film table, serve it, and show similar films.",
     "schema": "Infer a schema from a table, or check a table against one.",
+    "encode": "Write a table one-hot, multi-hot, as integers or hashed.",
     "train": "Train a model version from an item table.",
     "retrain": "Train again, compare with the champion, publish and switch.",
+    "evaluate": "Measure a model version on a table, and write a report.",
     "models": "List, show, promote and roll back model versions.",
     "serve": "Start the HTTP service.",
     "load": "Encode a table's items and store them for similarity queries.",
@@ -168,6 +170,58 @@ def check(table: str, schema_file: Path) -> None:
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
         raise click.ClickException(f"{errors} {'error' if errors == 1 else 'errors'}: training would refuse {table}")
+
+
+@cli.command()
+@click.argument("table")
+@click.option(
+    "--schema", "schema_file", required=True, type=click.Path(path_type=Path), help="The schema of TABLE, a YAML file."
+)
+@click.option(
+    "--as", "how", required=True, type=click.Choice(["integer", "one-hot", "multi-hot", "hashing"]),
+    help="What becomes of labels: a number each, a column of zeros and ones each (one-hot and multi-hot are the same), "
+    "or a share of the columns by hash.",
+)  # fmt: skip
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Parquet file to write.")
+@click.option(
+    "--layout", "form", type=click.Choice(["columns", "sparse"]),
+    help="A Parquet column each, or per row a list of those that are not 0.  [default: sparse beyond 1,000 columns]",
+)  # fmt: skip
+@click.option("--buckets", default=1024, show_default=True, type=click.IntRange(1, 2**24), help="Columns of hashing.")
+@click.option(
+    "--scale", default="raw", show_default=True, type=click.Choice(["raw", "standard"]),
+    help="Columns of numbers as they are, or brought to mean 0 and variance 1.",
+)  # fmt: skip
+@click.option("--fit", "fitted", metavar="TABLE", help="Take labels and scales from this one.  [default: TABLE itself]")
+@click.option("--force", is_flag=True, help="Overwrite the file of --out.")
+def encode(
+    table: str, schema_file: Path, out: Path, form: Any, fitted: str | None, force: bool, **settings: Any
+) -> None:
+    """Write the rows of TABLE in a plain encoding, as Parquet: the id, and numbers. docs/encodings.md explains them.
+
+    Nothing is trained. Numbers stay numbers, an unseen label is 0 or sets no column, text is left out of all but
+    hashing.
+    """
+    from itemvec.plain import WIDE, PlainEncoding, write_encoding
+    from itemvec.schema import FeatureSchema
+    from itemvec.table import read_table
+
+    if out.exists() and not force:
+        raise click.ClickException(f"{out} is there already; --force overwrites it")
+    if not out.absolute().parent.is_dir():
+        raise click.ClickException(f"there is no folder {out.parent} to write {out.name} into")
+    schema = FeatureSchema.load(schema_file)
+    items = read_table(table)
+    encoding = PlainEncoding.fit(read_table(fitted) if fitted else items, schema, **settings)
+    form = form or ("sparse" if len(encoding.names) > WIDE and encoding.how != "integer" else "columns")
+    with progress_bar() as bar:
+        task = bar.add_task(f"encoding as {encoding.how}", total=len(items))
+        write_encoding(encoding, items, out, form, progress=lambda n: bar.advance(task, n))
+    shape = f"{len(items):,} rows, {len(encoding.names):,} columns"
+    click.echo(f"wrote {out}: {shape}" + (" (sparse: itemvec.plain.read_sparse)" if form == "sparse" else ""))
+    text = [f.name for f in schema.features if f not in encoding.schema.features and f.kind == "text"]
+    if text:
+        click.echo(f"left out: {', '.join(text)} (text has no labels; --as hashing takes it)")
 
 
 @cli.group()
@@ -314,20 +368,34 @@ def embed(items: tuple[str, ...], table_url: str | None, ref: str | None, regist
 @click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="How many.")
 @click.option("--model", "name", help="The model's name.  [default: the service's only one]")
 @click.option("--label", help="A column to show beside the id.  [default: title or name, if there is one]")
+@click.option(
+    "--filter", "condition", metavar="JSON", help='Only items that fulfil it: \'{"eq": {"genres": "Drama"}}\'.'
+)
+@click.option("--override", metavar="JSON", help='The same item, but for these columns: \'{"genres": ["Comedy"]}\'.')
+@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column that shall not count; may come again.")
+@click.option("--explain", is_flag=True, help="Show which columns contributed most to each score.")
 @service_options
-def similar(item: str, k: int, name: str | None, label: str | None, url: str, key: str | None) -> None:
+def similar(
+    item: str, k: int, name: str | None, label: str | None, condition: str | None, override: str | None,
+    ignore: tuple[str, ...], explain: bool, url: str, key: str | None,
+) -> None:  # fmt: skip
     """Print the items nearest to ITEM: the id of a stored item, or a JSON object of columns."""
     from itemvec.client import Client
 
-    query = {"item": _parsed(item)} if item.lstrip().startswith("{") else {"id": item}
+    query: dict[str, Any] = {"item": _parsed(item)} if item.lstrip().startswith("{") else {"id": item}
+    query |= {"k": k, "explain": explain, "ignore": list(ignore)}
+    query |= {"filter": _parsed(condition, "--filter")} if condition is not None else {}
+    query |= {"override": _parsed(override, "--override")} if override is not None else {}
     with Client(url, key) as client:
         model = served_model(client, name)
-        answer = client.call("POST", "/v1/similar", {**query, "k": k, "model": model["id"]})
+        answer = client.similar(query, model["id"])
         label = label or next((c for c in ("title", "name") if c in model["item_schema"]["properties"]), None)
-        grid = Table("score", "id", label or "", box=None, pad_edge=False)
+        grid = Table("score", "id", label or "", *(["why"] if explain else []), box=None, pad_edge=False)
         for neighbor in answer["neighbors"]:
             shown = client.item(neighbor["id"], model["id"]).get(label, "") if label else ""
-            grid.add_row(f"{neighbor['score']:.3f}", escape(neighbor["id"]), escape(str(shown)))
+            why = ", ".join(f"{c} {gain:+.2f}" for c, gain in list(neighbor.get("contributions", {}).items())[:3])
+            row = [f"{neighbor['score']:.3f}", escape(neighbor["id"]), escape(str(shown))]
+            grid.add_row(*row, *([escape(why)] if explain else []))
     console().print(grid)
     click.echo(f"{answer['model']}, fingerprint {answer['fingerprint']}")
 
@@ -346,13 +414,13 @@ def only_model(names: list[str], where: str) -> str:
     return names[0]
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str, what: str = "ITEM") -> dict[str, Any]:
     try:
         item = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{text[:60]!r} is not JSON: {error}", param_hint="ITEM") from None
+        raise click.BadParameter(f"{text[:60]!r} is not JSON: {error}", param_hint=what) from None
     if not isinstance(item, dict):
-        raise click.BadParameter(f"{text[:60]!r} is not a JSON object of columns", param_hint="ITEM")
+        raise click.BadParameter(f"{text[:60]!r} is not a JSON object", param_hint=what)
     return item
 
 

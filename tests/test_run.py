@@ -62,18 +62,20 @@ def test_the_terminal_shows_epochs_columns_and_what_is_left(published):
 
 
 @pytest.mark.slow
-def test_a_version_carries_its_evaluation_and_its_loss_curves(published):
+def test_a_version_carries_its_evaluation_and_its_report(published):
     _, folder = published
     version = folder / "registry/films/versions/1"
     evaluation = json.loads((version / "evaluation.json").read_text())
     assert set(evaluation) == {
-        "rows", "columns", "retrieval", "out_of_vocabulary", "space", "training", "seconds",
+        "rows", "columns", "retrieval", "cold_start", "out_of_vocabulary", "space", "parent", "samples", "training",
+        "seconds",
     }  # fmt: skip
     assert set(evaluation["columns"]) == {f.name for f in SCHEMA.features}
     assert len(evaluation["training"]["history"]) == evaluation["training"]["epochs"] <= 3
     assert {"read", "encode", "workers", "loop", "evaluate"} <= set(evaluation["seconds"])
-    assert (version / "plots/losses.png").read_bytes().startswith(b"\x89PNG")
-    assert "plots/losses.png" in Registry(folder / "registry").load("films").manifest.files
+    report = (version / "report.html").read_text()
+    assert "<title>films@1: evaluation</title>" in report and "Sum of the objectives" in report
+    assert "report.html" in Registry(folder / "registry").load("films").manifest.files
 
 
 @pytest.mark.slow
@@ -107,6 +109,8 @@ def test_a_second_training_is_the_challenger(published, ray_cluster, tmp_path):
     assert done.exit_code == 0, done.output
     assert registry.aliases("films") == {"champion": 1, "challenger": 2}
     assert registry.manifest("films", 2).lineage.parent == 1
+    parent = registry.load("films@2").evaluation["parent"]
+    assert parent["version"] == 1 and 0 < parent["overlap"] <= 1
 
 
 def _copied(source: Path, draft: Path) -> None:

@@ -1,5 +1,6 @@
-"""The commands `itemvec train` and `itemvec retrain`."""
+"""The commands `itemvec train`, `itemvec retrain` and `itemvec evaluate`."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,11 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--config", "config_file", type=file, help="YAML with settings; training/config.py says what they are."
         ),
+        click.option(
+            "--interactions", metavar="TABLE",
+            help="Who liked what (columns user_id and item_id, or as --set interactions.user=... says): items that the "
+            "same users like become similar.",
+        ),
         click.option("--name", help="The model's name.  [default: the schema's]"),
     ):  # fmt: skip
         command = option(command)
@@ -62,10 +68,17 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="What the columns are; `itemvec schema infer` writes a first one.",
 )
 @click.option("--promote", is_flag=True, help="Make the new version the champion. The first version always is.")
+@click.option(
+    "--from",
+    "follows",
+    metavar="REF",
+    help="Start from the weights of a version (`movies@3`): known labels keep what was learned of them.",
+)
 @_training_options
 def train(
-    table: str, schema_file: Path, promote: bool, registry: str, name: str | None, runs: Path | None, **options: Any
-) -> None:
+    table: str, schema_file: Path, promote: bool, follows: str | None, registry: str, name: str | None,
+    runs: Path | None, interactions: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Train a model version on TABLE (Parquet, CSV, JSON Lines; a path or URL) and publish it.
 
     It becomes the `challenger`, or the `champion` with --promote. One row in ten is held out, always the same ones, and
@@ -85,7 +98,11 @@ def train(
     schema = FeatureSchema.load(schema_file)
     if name is not None:
         schema = FeatureSchema.from_yaml(schema.model_copy(update={"name": name}).to_yaml(), "--name")
-    job = Job(table, schema, Registry(registry), _runs(runs, registry), _config(options)({}), _cluster(options))
+    store, config = Registry(registry), _config(options)({})
+    job = Job(
+        table, schema, store, _runs(runs, registry), config, _cluster(options), interactions,
+        None if follows is None else _followed(store, follows, schema.name, config),
+    )  # fmt: skip
     with Display() as display:
         trained = run_train(job, display)
         version = trained.publish(alias := alias_of_new(job, promote=False))
@@ -117,7 +134,7 @@ def train(
 @_training_options
 def retrain(
     table: str, schema_file: Path | None, url: str | None, key: str | None, gate: tuple[str, ...], force: bool,
-    registry: str, name: str | None, runs: Path | None, **options: Any,
+    registry: str, name: str | None, runs: Path | None, interactions: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Train again on TABLE, and switch to the new version if it is no worse than the champion.
 
@@ -139,7 +156,9 @@ def retrain(
     _leave_a_core()
     schema = FeatureSchema.load(schema_file) if schema_file else None
     store = Registry(registry)
-    job = job_like_champion(table, store, _runs(runs, registry), name, schema, _config(options), _cluster(options))
+    job = job_like_champion(
+        table, store, _runs(runs, registry), name, schema, _config(options), _cluster(options), interactions
+    )
     limits = validated(GateConfig, dict(_pair(text) for text in gate), "--gate")
     with Display() as display:
         if url is None:
@@ -147,6 +166,77 @@ def retrain(
         else:
             with Client(url, key) as service:
                 run_retrain(job, limits, display, service, force)
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.argument("table")
+@click.option(
+    "--out", default="evaluation", show_default=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="Where evaluation.json and report.html are written.",
+)  # fmt: skip
+@click.option("--interactions", metavar="TABLE", help="Who liked what: adds how well new items are recommended.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE",
+    help="How that table is read, such as interactions.user=viewer; may be repeated.  [default: as in training]",
+)  # fmt: skip
+@registry_option
+def evaluate(
+    model: str, table: str, out: Path, interactions: str | None, settings: tuple[str, ...], registry: str
+) -> None:
+    """Measure MODEL (`movies`, `movies@3`, `movies@challenger`) on TABLE, and write a report that people can read.
+
+    The rows are those that training holds out, by a hash of their id, so that versions can be compared on the same
+    table. Training writes the same report into each version.
+
+    \b
+      itemvec evaluate movies@challenger items.parquet --out challenger
+      itemvec evaluate movies items.parquet --interactions likes.parquet --set interactions.user=viewer
+    """
+    from itemvec.registry import Registry
+    from training.evaluate import evaluate_version, write_report
+    from training.run import one_thread
+
+    _leave_a_core()
+    with Display() as display:
+        display.say("read", f"reading {model} and {table}")
+        store = Registry(registry)
+        version = store.load(model)
+        display.say("evaluate", f"evaluating {version.ref} on {table}")
+        with one_thread():
+            likes_of = _likes_of(interactions, settings, version.manifest.lineage.config) if interactions else None
+            evaluation, exhibits = evaluate_version(version, table, store, likes_of)
+        display.end_phase()
+        evaluation["seconds"] = dict(display.timings)
+        out.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(evaluation, indent=1, ensure_ascii=False)
+        (out / "evaluation.json").write_text(content, encoding="utf-8")
+        write_report(out, version.ref, evaluation, exhibits)
+        _summary(display, evaluation)
+        display.line(f"wrote {out / 'report.html'}")
+
+
+def _followed(store: Any, ref: str, name: str, config: TrainConfig) -> int:
+    """The version that `ref` names. Raises ConfigError where a run with `config` cannot start from it."""
+    from itemvec.errors import ConfigError
+    from training.warm import why_anew
+
+    other, version = store.resolve(ref)
+    if other != name:
+        raise ConfigError(f"--from {ref} is a version of {other}, and this is {name}: name one of {name}")
+    if why := why_anew(store.manifest(name, version), config):
+        raise ConfigError(f"cannot start --from {ref}: {why}; `itemvec models show {ref}` has its settings")
+    found: int = version
+    return found
+
+
+def _likes_of(url: str, settings: tuple[str, ...], trained: dict[str, Any]) -> Callable[..., Any]:
+    """Reads the likes at `url` as the version's training read them, or as `settings` say."""
+    from training.interactions import Interactions
+
+    as_trained = {"interactions": trained.get("interactions", {})}
+    how = TrainConfig.load(None, dict(_pair(text) for text in settings), as_trained)
+    return lambda ids, fold: Interactions.read(url, how.interactions, ids, fold).likes
 
 
 def _leave_a_core() -> None:
@@ -183,17 +273,26 @@ def _pair(text: str) -> tuple[str, Any]:
     return name.strip(), yaml.safe_load(value)
 
 
+def _figures(column: dict[str, Any]) -> str:
+    keys = ("score", "pca", "majority", "inferred")
+    return ", ".join(f"{key} {column[key]:.3f}" for key in keys if column[key] is not None)
+
+
 def _summary(display: Display, evaluation: dict[str, Any]) -> None:
+    from training.findings import NAMES, best_rival
+
     rows, space = evaluation["rows"], evaluation["space"]
     display.line(f"on {rows['measured']:,} rows that were held out ({rows['train']:,} trained on):")
     for name, column in evaluation["columns"].items():
-        figures = (f"{key} {column[key]:.3f}" for key in ("score", "inferred", "majority") if column[key] is not None)
-        display.line(f"  {name}: {column['metric']} {', '.join(figures)}")
+        told = [f"{column['metric']} {_figures(column)}"]
+        if "r_precision" in column:
+            told.append(f"R-precision {_figures(column['r_precision'])}")
+        display.line(f"  {name}: {'; '.join(told)}")
     mean = evaluation["retrieval"]["mean"]
     if mean:
-        best = max(mean["pca"], mean["pca_unit_variance"])
+        baseline, best = best_rival(mean)
         display.line(
-            f"  neighbors that share a hidden column: {mean['precision']:.3f}, PCA {best:.3f}, "
+            f"  neighbors that share a hidden column: {mean['precision']:.3f}, {NAMES[baseline]} {best:.3f}, "
             f"by chance {mean['base_rate']:.3f}"
         )
     display.line(f"  effective rank {space['effective_rank']:.1f}, mean cosine {space['mean_cosine']:.3f}")

@@ -1,34 +1,80 @@
-"""Pictures of a run."""
+"""The curves of a run, as SVG that a page can hold: no background, and text in whatever color the page writes in."""
 
+import io
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from training.progress import NOT_COLUMNS
+from training.progress import of_columns
+
+INK = "#012345"
+"""Drawn wherever the page's own color of text is meant."""
 
 
-def loss_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """The losses over the epochs: their sum at the left, each column's against its best constant at the right."""
+def loss_curves(history: Sequence[dict[str, Any]]) -> str:
+    """The losses over the epochs: their sum above, each column's against its best constant below."""
     epochs = [m["epoch"] for m in history]
-    columns = [name for name in history[0]["validation"] if name not in NOT_COLUMNS]
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    whole, parts = figure.subplots(1, 2)
-    for fold, style in (("train", "--"), ("validation", "-")):
-        whole.plot(epochs, [m[fold]["total"] for m in history], style, marker=".", label=fold)
-    best = min(history, key=lambda m: m["validation"]["total"])
-    whole.axvline(best["epoch"], color="gray", linewidth=0.8, linestyle=":", label="kept")
-    whole.set(title="Sum of the objectives", xlabel="epoch", ylabel="loss")
-    for i, name in enumerate(columns):
-        style = ("-", "--", "-.", ":")[i // 10 % 4]  # the colors come round after ten columns
-        parts.plot(epochs, [m["validation"][name] for m in history], style, marker=".", label=name)
-    parts.axhline(1.0, color="gray", linewidth=0.8)
-    parts.set(title="Columns on validation rows (1 = best constant answer)", xlabel="epoch", ylabel="loss")
-    for axes in (whole, parts):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.get_legend_handles_labels()[0]:
-            outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
-            axes.legend(fontsize="small", ncols=1 + len(axes.lines) // 20, **(outside if axes is parts else {}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    columns = list(of_columns(history[0]["validation"]))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 3.2 + (3.8 if columns else 0)), layout="constrained")
+        axes = figure.subplots(2 if columns else 1, 1, squeeze=False)[:, 0]
+        for fold, style in (("train", "--"), ("validation", "-")):
+            axes[0].plot(epochs, [m[fold]["total"] for m in history], style, marker=".", label=fold)
+        best = min(history, key=lambda m: m["validation"]["total"])
+        axes[0].axvline(best["epoch"], color="gray", linewidth=0.8, linestyle=":", label="kept")
+        axes[0].set(title="Sum of the objectives", ylabel="loss")
+        if columns:
+            for i, name in enumerate(columns):
+                style = ("-", "--", "-.", ":")[i // 10 % 4]  # the colors come round after ten columns
+                losses = [of_columns(m["validation"])[name] for m in history]
+                axes[1].plot(epochs, losses, style, marker=".", label=_shortened(name))
+            axes[1].axhline(1.0, color="gray", linewidth=0.8)
+            axes[1].set(title="Columns on validation rows (1 = best constant answer)", ylabel="loss")
+        axes[-1].set(xlabel="epoch")
+        for one in axes:
+            _finish(one)
+        return _svg(figure)
+
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: smaller, sharp, and it can be searched
+    "svg.hashsalt": "itemvec",  # the same picture has the same bytes
+    "text.parse_math": False,  # a column may have a $ in its name
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+}
+
+
+def _finish(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(
+        fontsize="small",
+        ncols=1 + len(axes.lines) // 20,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+    )
+
+
+def _shortened(name: str, longest: int = 28) -> str:
+    text = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return f" {text}" if text.startswith("_") else text  # matplotlib leaves names that begin so out of a legend
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)

@@ -23,10 +23,12 @@ from itemvec.schema import FeatureSchema
 from itemvec.table import read_table, table_digest
 from itemvec.version import ModelVersion, read_manifest
 from training.config import ClusterConfig, TrainConfig
-from training.data import TRAIN, EncodedTable, Marginals
-from training.evaluate import Judged, measured_rows, read_back, retrieve, searched_rows, space, truth_of
+from training.judged import Judged, Views, judged, judged_version, measured_rows, searched_rows, truth_of
 from training.progress import Display
+from training.readback import read_back
+from training.retrieval import retrieve
 from training.run import Job, Trained, locked, one_thread, train
+from training.space import space
 
 Tolerance = Annotated[float, Field(ge=0)]
 LeastShare = Annotated[float, Field(ge=0, le=1)]
@@ -120,10 +122,10 @@ def retrain(
 
 def job_like_champion(
     table: str, registry: Registry, runs: Path, name: str | None, schema: FeatureSchema | None,
-    configure: Callable[[dict[str, Any]], TrainConfig], cluster: ClusterConfig,
+    configure: Callable[[dict[str, Any]], TrainConfig], cluster: ClusterConfig, interactions: str | None = None,
 ) -> Job:  # fmt: skip
-    """A job with the champion's schema, where none is given; `configure` gets the settings that the champion was
-    trained with. Raises ConfigError where there is neither schema nor champion."""
+    """A job with the champion's schema and interactions, where none are given; `configure` gets the settings that the
+    champion was trained with. Raises ConfigError where there is neither schema nor champion."""
     name = name or (schema.name if schema else _only_name(registry))
     champion = registry.aliases(name).get(CHAMPION) if name in registry.names() else None
     if champion is None:
@@ -131,21 +133,25 @@ def job_like_champion(
             raise ConfigError(
                 f"{name!r} has no champion in {registry.url} to take the schema from: name one with --schema"
             )
-        return Job(table, schema.model_copy(update={"name": name}), registry, runs, configure({}), cluster)
+        return Job(
+            table, schema.model_copy(update={"name": name}), registry, runs, configure({}), cluster, interactions
+        )
     folder = registry.path(name, champion)
     schema = schema or FeatureSchema.load(folder / "schema.yaml")
-    config = configure(read_manifest(folder).lineage.config)
-    return Job(table, schema.model_copy(update={"name": name}), registry, runs, config, cluster)
+    lineage = read_manifest(folder).lineage
+    config, likes = configure(lineage.config), interactions or lineage.interactions
+    return Job(table, schema.model_copy(update={"name": name}), registry, runs, config, cluster, likes, champion)
 
 
 def made_from(job: Job, version: int) -> bool:
-    """Whether `version` was trained on the same table, to the byte, with the same schema and settings."""
+    """Whether `version` was trained on the same tables, to the byte, with the same schema and settings."""
     folder = job.registry.path(job.name, version)
     lineage = read_manifest(folder).lineage
     return (
         lineage.config == job.config.model_dump(mode="json")
         and FeatureSchema.load(folder / "schema.yaml") == job.schema
         and lineage.table_sha256 == table_digest(job.table)
+        and lineage.interactions_sha256 == (table_digest(job.interactions) if job.interactions else None)
     )
 
 
@@ -154,11 +160,12 @@ def compare(trained: Trained, champion: ModelVersion, gate: GateConfig) -> list[
     champion did not train on them either, since an id's fold is a matter of its hash."""
     theirs, ours = _judged_champion(trained, champion), trained.evaluation
     fold = trained.data.fold
-    measured = torch.from_numpy(measured_rows(fold))
+    measured = measured_rows(fold)
     with torch.inference_mode(), one_thread():
-        truth = truth_of(trained.data.layout, trained.data.table)
-        retrieval, _ = retrieve(theirs, searched_rows(fold), len(measured), truth, baselines=False)
-        columns, spread = read_back(theirs, measured), space(theirs, measured)
+        truth = truth_of(judged(trained.data, trained.encoder, trained.decoder))
+        views = Views(theirs, searched_rows(fold))
+        retrieval, _ = retrieve(views, len(measured), truth, baselines=False)
+        columns, spread = read_back(views, len(measured)), space(theirs, measured)
     old_rows = champion.manifest.lineage.table_rows
     checks = [Check("rows", trained.table.num_rows, old_rows, gate.rows * old_rows)]
     both = [name for name in ours["retrieval"]["columns"] if name in retrieval["columns"]]
@@ -184,10 +191,7 @@ def _judged_champion(trained: Trained, champion: ModelVersion) -> Judged:
     for feature in schema.features:
         if feature.name not in table.column_names:
             table = table.append_column(feature.name, pa.nulls(table.num_rows))
-    layout = champion.transform.layout
-    encoded = EncodedTable.of(champion.transform.transform_table(table), layout)
-    marginals = Marginals.of(encoded, trained.data.items(TRAIN), layout)
-    return Judged(champion.encoder, champion.decoder, layout, encoded, marginals)
+    return judged_version(champion, table, trained.data.fold)
 
 
 def _higher_is_better(column: dict[str, Any], trained: Trained, name: str) -> float | None:

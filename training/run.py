@@ -1,6 +1,6 @@
 """One training run, from an item table to a published model version. Everything meets here; each part is elsewhere.
 
-    read -> check, fit, encode (data) -> train on Ray (cluster, loop) -> centre -> evaluate -> publish (registry)
+    read -> check, fit, encode (data) -> train on Ray (cluster, loop) -> settle -> evaluate -> publish (registry)
 
 The run's folder is named by what goes in, so the same command after a kill finds the encoded table and the checkpoint
 of the first try and goes on from there. It is removed when the version is published.
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 
 import itemvec
-from itemvec.encoder import Decoder, ItemEncoder
+from itemvec.encoder import Decoder, ItemEncoder, finish
 from itemvec.errors import ItemvecError
 from itemvec.registry import CHALLENGER, CHAMPION, Registry
 from itemvec.schema import FeatureSchema
@@ -29,9 +29,16 @@ from itemvec.table import read_table, rows, table_digest
 from itemvec.version import Lineage, ModelVersion
 from training import cluster as ray_cluster
 from training.config import ClusterConfig, TrainConfig
-from training.data import TRAIN, Prepared
-from training.evaluate import evaluate, judged, measured_rows
+from training.data import Prepared
+from training.evaluate import assess, parent_of, write_report
+from training.exhibits import Exhibits
+from training.folds import TRAIN
+from training.interactions import Interactions
+from training.judged import judged, measured_rows
+from training.objectives import Predict, chosen
 from training.progress import Display
+from training.start import gains_from
+from training.warm import align, follow, why_anew
 
 GOLDEN_ROWS = 16
 ENCODED_AT_ONCE = 4096
@@ -52,6 +59,12 @@ class Job:
     config: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
+    interactions: str | None = None
+    """A path or URL of the table of who liked what."""
+
+    follows: int | None = None
+    """The version of the model whose weights it starts from, and whose vectors it is turned to."""
+
     @property
     def name(self) -> str:
         return self.schema.name
@@ -60,6 +73,10 @@ class Job:
         with contextlib.suppress(ItemvecError):
             return self.registry.aliases(self.name).get(CHAMPION)
         return None
+
+    def parent(self) -> int | None:
+        """The version that the new one is compared with."""
+        return self.champion() if self.follows is None else self.follows
 
 
 @dataclass(slots=True)
@@ -70,25 +87,25 @@ class Trained:
     data: Prepared
     table: pa.Table
     digest: str
+    likes_digest: str | None
     encoder: ItemEncoder
     decoder: Decoder
     evaluation: dict[str, Any]
+    exhibits: Exhibits
     folder: Path
-    history: list[dict[str, Any]] = field(default_factory=list)
 
     def publish(self, alias: str | None) -> int:
         """Publishes it as the next version, and removes the run's folder. `alias` as in `Registry.publish`."""
         job = self.job
-        parent = job.champion()
+        parent = job.parent()
         lineage = Lineage(
             table=job.table, table_sha256=self.digest, table_rows=self.table.num_rows,
             train_rows=self.evaluation["rows"]["train"], config=job.config.model_dump(mode="json"), parent=parent,
+            interactions=job.interactions, interactions_sha256=self.likes_digest,
         )  # fmt: skip
 
         def write(folder: Path, version: int) -> None:
-            from training.plots import loss_curves  # noqa: PLC0415 - matplotlib takes a second to import
-
-            loss_curves(self.history, folder / "plots" / "losses.png")
+            write_report(folder, f"{job.name}@{version}", self.evaluation, self.exhibits)
             made = ModelVersion.make(
                 job.name, version, self.data.transform, self.encoder, self.decoder, self.evaluation, lineage
             )
@@ -113,11 +130,15 @@ def train(job: Job, display: Display) -> Trained:
     """Raises ItemvecError for all that can go wrong with the table, the schema, the settings or the cluster."""
     display.say("read", f"reading {job.table}")
     digest = table_digest(job.table)
-    table = read_table(job.table, [job.schema.id, *(f.name for f in job.schema.features)])
-    folder = job.runs / f"{job.name}-{run_digest(job, digest)}"
+    likes_digest = table_digest(job.interactions) if job.interactions else None
+    features = [job.schema.id, *(f.name for f in job.schema.features)]
+    table = read_table(job.table, list(dict.fromkeys([*features, *job.config.predict.targets])))
+    parent = None if job.follows is None else job.registry.load(f"{job.name}@{job.follows}")
+    folder = job.runs / f"{job.name}-{run_digest(job, digest, likes_digest, parent.fingerprint if parent else None)}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"another process trains {job.name} on this table with these settings"):
-        data = _prepared(job, table, folder, display)
+        data = prepared(job, table, folder, display, parent)
+        chosen(job.config, data)  # a run that could learn nothing ends here
         display.say(
             "ray", "starting Ray" if job.cluster.address is None else f"connecting to Ray at {job.cluster.address}"
         )
@@ -127,22 +148,33 @@ def train(job: Job, display: Display) -> Trained:
             display.say("ray", "stopping the workers")
         display.say("evaluate", "evaluating on the rows that were held out")
         encoder, decoder = best_of(state, job.config, data)
-        centre(encoder, data)
+        settle(encoder, decoder, data)
+        align(encoder, decoder, data)
         history = json.loads(state["history"])
         with one_thread():
-            evaluation = evaluate(judged(data, encoder, decoder), data.fold)
+            model = judged(data, encoder, decoder)
+            evaluation, exhibits = assess(
+                model, table, job.schema, data.fold, data.interactions.likes if data.interactions else None,
+                parent_of(job.registry, job.name, job.parent()),
+            )  # fmt: skip
+        if data.targets:
+            evaluation["predict"] = target_scores(state, job.config, data, encoder, decoder)
         evaluation["training"] = {
             "best_epoch": state["best_epoch"], "epochs": len(history), "history": history,
             "parameters": sum(p.numel() for module in (encoder, decoder) for p in module.parameters()),
+            "gains": dict(data.gains),
         }  # fmt: skip
         display.end_phase()
         evaluation["seconds"] = dict(display.timings)
-        return Trained(job, data, table, digest, encoder, decoder, evaluation, folder, history)
+        return Trained(job, data, table, digest, likes_digest, encoder, decoder, evaluation, exhibits, folder)
 
 
-def run_digest(job: Job, table_sha256: str) -> str:
-    """12 hex digits of all that decides what is learned."""
-    what = [itemvec.__version__, table_sha256, job.schema.to_yaml(), job.config.model_dump(mode="json")]
+def run_digest(job: Job, table_sha256: str, likes_sha256: str | None = None, parent: str | None = None) -> str:
+    """12 hex digits of all that decides what is learned. `parent` is the fingerprint of the version that it follows."""
+    what = [
+        itemvec.__version__, table_sha256, likes_sha256, parent, job.schema.to_yaml(),
+        job.config.model_dump(mode="json"),
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -155,15 +187,28 @@ def best_of(state: dict[str, Any], config: TrainConfig, data: Prepared) -> tuple
 
 
 @torch.inference_mode()
-def centre(encoder: ItemEncoder, data: Prepared) -> None:
-    """Sets the mean that is subtracted to that of all training rows; the loop had a moving one of damaged rows."""
-    if not encoder.config.centre:
-        return
-    items = data.items(TRAIN)
-    total = torch.zeros(encoder.config.dim, dtype=torch.float64)
+def target_scores(
+    state: dict[str, Any], config: TrainConfig, data: Prepared, encoder: ItemEncoder, decoder: Decoder
+) -> dict[str, dict[str, Any]]:
+    """Of the `predict` objective on the measured rows (`Predict.scores`)."""
+    predict = Predict(config.encoder, config.predict, data.targets)
+    predict.load_state_dict(state["best"]["predict"])
+    items = torch.from_numpy(measured_rows(data.fold))
+    embedding = encoder(*data.table.clean(items))
+    return predict.eval().scores(decoder.as_trained(embedding), items)
+
+
+@torch.inference_mode()
+def settle(encoder: ItemEncoder, decoder: Decoder, data: Prepared) -> None:
+    """`finish` with the mean and covariance of all training rows; the loop had a moving mean of damaged rows."""
+    items, dim = data.items(TRAIN), encoder.config.dim
+    total, products = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
     for part in torch.split(items, ENCODED_AT_ONCE):
-        total += encoder.uncentred(*data.table.clean(part)).double().sum(0)
-    encoder.mean.copy_(total / len(items))
+        z = encoder.uncentred(*data.table.clean(part)).double()
+        total += z.sum(0)
+        products += z.T @ z
+    mean = total / len(items)
+    finish(encoder, decoder, mean, products / len(items) - torch.outer(mean, mean))
 
 
 @contextlib.contextmanager
@@ -200,13 +245,27 @@ def locked(path: Path, taken: str) -> Iterator[None]:
         yield
 
 
-def _prepared(job: Job, table: pa.Table, folder: Path, display: Display) -> Prepared:
+def prepared(job: Job, table: pa.Table, folder: Path, display: Display, parent: ModelVersion | None = None) -> Prepared:
+    """The table encoded in `folder`, with the likes and with what is taken from `parent`."""
     done = folder / "prepared"
     if done.exists():
         display.say("encode", "taking up an earlier run that did not end")
         return Prepared.open(folder)
     display.say("encode", f"encoding {table.num_rows:,} items, {_counted(len(job.schema.features), 'column')}")
     data = Prepared.make(table, job.schema, job.config, folder, job.table)
+    if job.interactions:
+        display.say("likes", f"reading {job.interactions}, and how much each column says about them")
+        ids = [str(i) for i in table.column(job.schema.id).to_pylist()]
+        likes = Interactions.read(job.interactions, job.config.interactions, ids, data.fold)
+        gains = gains_from(likes, data, job.config.seed) if job.config.start == "components" else {}
+        data = data.with_likes(likes, gains, folder)
+        display.line(f"  {likes.likes.nnz:,} likes of {_counted(likes.likes.shape[0], 'user')}" + _listed(gains))
+    if parent is not None:
+        anew = why_anew(parent.manifest, job.config)
+        display.say(
+            "follow", f"going on from {parent.ref}" if not anew else f"beginning anew after {parent.ref}: {anew}"
+        )
+        data = data.with_parent(follow(parent, table, data, job.config), folder)
     done.touch()
     return data
 
@@ -217,6 +276,11 @@ def _as_json(item: dict[str, Any]) -> dict[str, Any]:
         json.dumps(item, default=lambda value: value.isoformat() if hasattr(value, "isoformat") else str(value))
     )
     return text
+
+
+def _listed(gains: Mapping[str, float]) -> str:
+    most = sorted(gains.items(), key=lambda gain: -gain[1])
+    return f"; columns count {', '.join(f'{name} {gain:.2f}' for name, gain in most)}" if gains else ""
 
 
 def _counted(n: int, noun: str) -> str:
