@@ -1,16 +1,21 @@
 """A small HTTP client of the service, for the command line and for retraining jobs."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+import pyarrow as pa
 
 from itemvec.errors import ItemvecError
 
 RETRIES = 8
 """Times that a call answered 429 or 503 is made again, after what the service asks for: some 10 s in all."""
+
+ARROW = "application/vnd.apache.arrow.stream"
+ROWS = 8192
+"""Of a table, in one request: some MB."""
 
 
 class ServiceUnreachable(ItemvecError):
@@ -45,11 +50,46 @@ class Client:
 
     def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The answer's JSON. A busy or starting service is asked again, as often and as late as it says."""
+        response = self._answered(method, path, **({} if body is None else {"json": body}))
+        return self._json(response)
+
+    def embed(self, table: pa.Table, model: str | None = None, dimensions: int | None = None) -> pa.Table:
+        """The embeddings of a table's items, row by row and as fast as they come: `embedding` (a list of float32),
+        `columns` (what was not plain), and `id` if the table has it. Columns travel as columns (Arrow), in parts."""
+        asked = {"model": model, "dimensions": None if dimensions is None else str(dimensions)}
+        query = {name: value for name, value in asked.items() if value is not None}
+        parts = []
+        for start in range(0, max(len(table), 1), ROWS):
+            body = _stream(table.slice(start, ROWS))
+            headers = {"Content-Type": ARROW, "Accept": ARROW}
+            response = self._answered("POST", "/v1/embeddings", params=query, content=body, headers=headers)
+            if response.headers.get("Content-Type") != ARROW:
+                self._json(response)
+                raise ServiceUnreachable(self.url, "what answers there knows no Arrow streams")
+            parts.append(pa.ipc.open_stream(response.content).read_all())
+        return pa.concat_tables(parts)
+
+    def similar(self, query: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
+        """Neighbors of a query as `POST /v1/similar` takes it: `{"id": ..., "k": 5}`."""
+        return self.call("POST", "/v1/similar", {**query, "model": model})
+
+    def decode(self, embeddings: Sequence[Sequence[float]], model: str | None = None) -> list[dict[str, Any]]:
+        """The columns of each embedding, read back: name -> value, missing, candidates."""
+        body = {"embeddings": [list(map(float, one)) for one in embeddings], "model": model}
+        return [one["columns"] for one in self.call("POST", "/v1/decode", body)["data"]]
+
+    def _answered(self, method: str, path: str, **content: Any) -> httpx.Response:
         for tries_left in reversed(range(RETRIES)):
-            response = self._send(method, path, body)
+            try:
+                response = self._http.request(method, path, **content)
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from None
             if response.status_code not in {429, 503} or not tries_left:
                 break
             time.sleep(min(_seconds(response.headers.get("Retry-After")), 5.0))
+        return response
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
         try:
             answer = response.json() if response.content else {}
         except ValueError:
@@ -57,14 +97,9 @@ class Client:
         if not isinstance(answer, dict):
             raise ServiceUnreachable(self.url, "what answers there is no itemvec service")
         if response.is_error:
-            raise ServiceProblem(f"{method} {path}", response.status_code, answer)
+            made = f"{response.request.method} {response.request.url.raw_path.decode()}"
+            raise ServiceProblem(made, response.status_code, answer)
         return answer
-
-    def _send(self, method: str, path: str, body: Any) -> httpx.Response:
-        try:
-            return self._http.request(method, path, json=body) if body is not None else self._http.request(method, path)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from None
 
     def item(self, item_id: str, model: str) -> dict[str, Any]:
         """The columns of a stored item."""
@@ -87,6 +122,14 @@ class Client:
 def _segment(item_id: str) -> str:
     """An id as one segment of a path; a dot is encoded too, since `..` would be taken for a step up."""
     return quote(item_id, safe="").replace(".", "%2E")
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -1,12 +1,11 @@
 """The HTTP API: what each call does, and the table of all of them."""
 
 import asyncio
-import sys
+import contextlib
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,25 @@ import orjson
 from itemvec.errors import FieldError, InvalidItem, ItemNotFound, ItemvecError, ModelNotFound, StoreUnavailable
 from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
-from itemvec.version import Encoding, ModelVersion
-from service import openapi, requests, schemas
+from itemvec.version import ModelVersion
+from service import arrow, openapi, requests, schemas
+from service.attributes import filterable
 from service.config import ServiceConfig
-from service.edge import Answer, Edge, Keys, Operation, Request
+from service.decode import decode
+from service.edge import JSON, Answer, Edge, Keys, Operation, Request
+from service.explorer import page as explorer_page
 from service.items import ItemWriter, Upserted
+from service.measured import Measured
 from service.metrics import CONTENT_TYPE, Metrics
 from service.models import LoadedModels
 from service.problems import InvalidRequest, PathNotFound, problem
-from service.promote import Fleet, Promotions
-from service.requests import Entry, Item, RefusedEntry
+from service.promote import Fleet, Job, Promotions
+from service.queries import read_similar
+from service.requests import Entry, Limits, RefusedEntry
+from service.similar import Neighborhoods
 from service.store import Store
 
-Vector = npt.NDArray[np.float32]
+Vectors = npt.NDArray[np.float32]
 
 
 def build_app(
@@ -43,6 +48,10 @@ def build_app(
     promotions = Promotions(models, store, fleet)
     api = Api(models, store, metrics, config, promotions, metrics_text)
 
+    async def start() -> None:
+        await models.start()
+        promotions.start()
+
     async def stop() -> None:
         await promotions.stop()
         await models.stop()
@@ -53,7 +62,7 @@ def build_app(
         metrics,
         max_in_flight=config.max_in_flight,
         max_body=config.max_body_bytes,
-        start=models.start,
+        start=start,
         stop=stop,
     )
 
@@ -73,13 +82,19 @@ class Api:
         self._metrics_text = metrics_text
         self._filled_once = False
         self._ready_items = config.ready_items
-        self._limits = requests.Limits(
+        self._limits = Limits(
             items=config.max_items,
+            rows=config.max_rows,
             labels=config.max_labels,
             string=config.max_string,
             k=config.max_k,
             exclude=config.max_exclude,
+            queries=config.max_queries,
+            examples=config.max_examples,
+            filter=config.max_filter,
         )
+        self._measured = Measured(models, metrics)
+        self._neighborhoods = Neighborhoods(models, store, self._measured, self._limits)
         self._with_keys = bool(config.read_keys())
 
     def operations(self) -> Sequence[Operation]:
@@ -90,10 +105,16 @@ class Api:
             Operation(
                 "POST", "/v1/embeddings", self.embeddings, "Encode items", "embeddings", "read",
                 takes=schemas.EmbeddingsRequest, gives={200: schemas.Embeddings}, refuses=write,
+                query=dict.fromkeys(("model", "dimensions"), "Of an Arrow stream, as in the JSON body"),
+                arrow=schemas.ARROW_EMBEDDINGS,
             ),
             Operation(
                 "POST", "/v1/similar", self.similar, "Find similar items", "similar", "read",
-                takes=schemas.SimilarRequest, gives={200: schemas.Similar}, refuses=(*write, 409),
+                takes=schemas.SimilarRequest, gives={200: schemas.Similar | schemas.ManySimilar}, refuses=(*write, 409),
+            ),
+            Operation(
+                "POST", "/v1/decode", self.decode, "Read columns back from an embedding", "embeddings", "read",
+                takes=schemas.DecodeRequest, gives={200: schemas.Decoded}, refuses=write,
             ),
             Operation(
                 "PUT", "/v1/items/{id}", self.put_item, "Create or replace an item", "items", "write",
@@ -103,6 +124,7 @@ class Api:
             Operation(
                 "POST", "/v1/items", self.put_items, "Create or replace many items", "items", "write",
                 takes=schemas.BulkRequest, gives={200: schemas.BulkAnswer}, refuses=write,
+                query={"model": "Of an Arrow stream, as in the JSON body"}, arrow=schemas.ARROW_ITEMS,
             ),
             Operation(
                 "GET", "/v1/items/{id}", self.get_item, "An item and its vector", "items", "read",
@@ -129,6 +151,10 @@ class Api:
                 takes=schemas.AliasRequest, gives={202: schemas.JobStarted}, refuses=(*write, 409),
             ),
             Operation(
+                "POST", "/v1/models/{name}/backfill", self.backfill, "Make a version searchable", "models", "admin",
+                takes=schemas.BackfillRequest, gives={202: schemas.JobStarted}, refuses=(*write, 409),
+            ),
+            Operation(
                 "GET", "/v1/jobs/{id}", self.get_job, "A job and its progress", "models", "read",
                 gives={200: schemas.Job}, refuses=read,
             ),
@@ -150,6 +176,11 @@ class Api:
         async def docs(_: Request) -> Answer:
             return Answer(openapi.PAGE, content_type=b"text/html; charset=utf-8")
 
+        async def explorer(_: Request) -> Answer:
+            content, policy = explorer_page()
+            headers = [(b"content-security-policy", policy), (b"x-content-type-options", b"nosniff")]
+            return Answer(content, content_type=b"text/html; charset=utf-8", headers=headers)
+
         async def docs_asset(request: Request) -> Answer:
             name = request.params[0].decode("latin-1")
             if name not in openapi.ASSETS:
@@ -159,6 +190,7 @@ class Api:
 
         return [
             *table,
+            Operation("GET", "/", explorer, "", "service"),
             Operation("GET", "/openapi.json", openapi_json, "", "service"),
             Operation("GET", "/docs", docs, "", "service"),
             Operation("GET", "/docs/{file}", docs_asset, "", "service"),
@@ -168,57 +200,82 @@ class Api:
 
     async def embeddings(self, request: Request) -> Answer:
         """Encodes items with a model's champion or with the version that is named. Nothing is stored."""
-        wanted = requests.read_embeddings(await request.body(), self._limits)
-        version = await self._models.get(wanted.model)
-        if wanted.dimensions not in {None, version.dim}:
-            raise InvalidRequest.at("/dimensions", f"{version.ref} has {version.dim} dimensions and no shorter form")
-        encoding = await self._encode(request, version, wanted.items, "/input")
-        vectors: Sequence[Vector] | Sequence[str] = list(encoding.vectors)
-        if wanted.base64:
-            vectors = [b64encode(row.astype("<f4", copy=False).tobytes()).decode() for row in encoding.vectors]
-        count = len(wanted.items)
+        body = await request.body(JSON, arrow.STREAM)
+        ids = None
+        if request.media_type == arrow.STREAM:
+            table = arrow.read_table(body, self._limits, "/input")
+            ref, size, base64 = *requests.read_embeddings_query(request.query), False
+            version = await self._models.get(ref)
+            ids, table = arrow.without_ids(table, version.schema)
+            encoding = await self._measured.encode_table(request, version, table, "/input")
+        else:
+            wanted = requests.read_embeddings(body, self._limits)
+            size, base64 = wanted.dimensions, wanted.base64
+            version = await self._models.get(wanted.model)
+            encoding = await self._measured.encode(request, version, wanted.items, "/input")
+        vectors = encoding.vectors if size is None else _shortened(encoding.vectors, size, version)
+        said: dict[str, Any] = {"model": version.ref, "fingerprint": version.fingerprint}
+        if not self._store.available:
+            said["degraded"] = True
+        if request.wants(arrow.STREAM):
+            metadata = {name: str(value).lower() if value is True else value for name, value in said.items()}
+            stream = arrow.embeddings(ids, vectors, encoding.statuses, metadata)
+            return Answer(stream, content_type=arrow.STREAM)
+        rows: Sequence[Vectors] | Sequence[str] = list(vectors)
+        if base64:
+            rows = [b64encode(row.astype("<f4", copy=False).tobytes()).decode() for row in vectors]
+        count = len(rows)
         answer: dict[str, Any] = {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": i, "embedding": vectors[i], "columns": columns}
+                {"object": "embedding", "index": i, "embedding": rows[i], "columns": columns}
                 for i, columns in enumerate(encoding.statuses)
             ],
-            "model": version.ref,
-            "fingerprint": version.fingerprint,
+            **said,
             "usage": {"prompt_tokens": count, "total_tokens": count},
         }
-        if not self._store.available:
-            answer["degraded"] = True
         return Answer.json(answer)
 
     async def similar(self, request: Request) -> Answer:
-        """The stored items nearest to a stored item, to an item in the request, or to a vector, by cosine."""
-        wanted = requests.read_similar(await request.body(), self._limits)
+        """The stored items nearest to what each query looks for, by cosine.
+
+        A query looks for a stored item (`id`), an item in the request, a vector, or for what is near to all `positive`
+        examples and far from the `negative` ones: the mean of the positive vectors minus half the mean of the negative.
+        `override` and `ignore` change the item's columns first ("the same, but a comedy"). `explain` adds to each
+        neighbor what each column contributed: its score minus the score of the query without that column; these do not
+        add up to the score, and cost one encoding a column. Of several `queries` each is answered or refused by itself.
+        """
+        wanted = read_similar(await request.body(), self._limits)
         version = await self._models.get(wanted.model)
         request.model = version.ref
-        answer: dict[str, Any] = {}
-        exclude = wanted.exclude
-        if wanted.embedding is not None:
-            vector = wanted.embedding
-            if len(vector) != version.dim:
-                detail = f"has {len(vector)} numbers, {version.ref} has {version.dim}"
-                raise InvalidRequest.at("/embedding", detail)
-        elif wanted.item is not None:
-            try:
-                encoding = await self._encode(request, version, [wanted.item], "")
-            except InvalidItem as error:
-                raise InvalidItem(requests.moved(error.errors, "/0", "/item")) from None
-            vector, answer["columns"] = encoding.vectors[0], encoding.statuses[0]
-        elif wanted.id is not None:
-            vector, exclude = await self._vector_of(request, version, wanted.id), exclude | {wanted.id}
-        began = perf_counter()
-        try:
-            await self._models.check_searchable(version)
-            neighbors = await self._store.search(version.name, version.fingerprint, vector, wanted.k, exclude)
-        finally:
-            self._stored(request, "search", began)
-        answer["neighbors"] = [{"id": item_id, "score": score} for item_id, score in neighbors]
-        return _of(version, answer)
+        answers = await self._neighborhoods.find(request, version, wanted.queries)
+        if not wanted.many:
+            [only] = answers
+            if isinstance(only, ItemvecError):
+                raise only
+            return _of(version, only)
+        results = [
+            {"problem": problem(answer, request.id).body} if isinstance(answer, ItemvecError) else answer
+            for answer in answers
+        ]
+        return _of(version, {"results": results})
+
+    async def decode(self, request: Request) -> Answer:
+        """The most likely value of each column for an embedding of this version, with its probability."""
+        wanted = requests.read_decode(await request.body(), self._limits)
+        version = await self._models.get(wanted.model)
+        request.model = version.ref
+        errors = [
+            FieldError(at, f"has {len(vector)} numbers, {version.ref} has {version.dim}")
+            for at, vector in zip(wanted.pointers, wanted.vectors, strict=True)
+            if len(vector) != version.dim
+        ]
+        if errors:
+            raise InvalidRequest(errors)
+        columns = await self._measured.compute(
+            request, len(wanted.vectors), lambda: decode(version, np.stack(wanted.vectors), wanted.top)
+        )
+        return _of(version, {"data": [{"index": i, "columns": read} for i, read in enumerate(columns)]})
 
     # Items
 
@@ -236,12 +293,21 @@ class Api:
 
     async def put_items(self, request: Request) -> Answer:
         """Encodes and stores items; each is taken or refused by itself, and the good ones are kept."""
-        wanted = requests.read_bulk(await request.body(), self._limits)
-        version = self._champion(request, wanted.model)
+        body = await request.body(JSON, arrow.STREAM)
+        if request.media_type == arrow.STREAM:
+            table = arrow.read_table(body, self._limits, "/items")
+            version = self._champion(request)
+            ids, columns = arrow.without_ids(table, version.schema)
+            if ids is None:
+                raise InvalidRequest.at("/items/id", f"is missing: send a column id, or {version.schema.id!r}")
+            entries = requests.read_entries(arrow.items_of(columns), ids.to_pylist(), self._limits, len(body))
+        else:
+            wanted = requests.read_bulk(body, self._limits)
+            version, entries = self._champion(request, wanted.model), wanted.entries
         answers: list[dict[str, Any]] = []
-        good = [entry for entry in wanted.entries if isinstance(entry, Entry)]
+        good = [entry for entry in entries if isinstance(entry, Entry)]
         stored = iter(await self._upsert(request, version, good) if good else ())
-        for i, entry in enumerate(wanted.entries):
+        for i, entry in enumerate(entries):
             if isinstance(entry, RefusedEntry):
                 answers.append(_refused(entry.id, InvalidRequest(entry.errors), request))
                 continue
@@ -253,6 +319,9 @@ class Api:
             else:
                 status = "created" if outcome.created else "updated"
                 answers.append({"id": entry.id, "status": status, "columns": outcome.columns})
+        if request.wants(arrow.STREAM):
+            metadata = {"model": version.ref, "fingerprint": version.fingerprint}
+            return Answer(arrow.outcomes(answers, metadata), content_type=arrow.STREAM)
         counts = Counter(answer["status"] for answer in answers)
         totals = {status: counts[status] for status in ("created", "updated", "refused")}
         return _of(version, {"items": answers, **totals})
@@ -261,25 +330,19 @@ class Api:
         """The columns of an item as they were sent, and the vector that the champion gave it."""
         item_id = requests.read_path_id(request.params[0])
         version = self._champion(request)
-        began = perf_counter()
-        try:
+        with self._measured.stored(request, "get"):
             item, [vector] = await asyncio.gather(
                 self._store.get(version.name, item_id),
                 self._store.get_vectors(version.name, version.fingerprint, [item_id]),
             )
-        finally:
-            self._stored(request, "get", began)
         return _of(version, {"id": item_id, "item": orjson.Fragment(item.raw), "embedding": vector})
 
     async def delete_item(self, request: Request) -> Answer:
         """Removes an item and its vectors; it is no longer found when this answers."""
         item_id = requests.read_path_id(request.params[0])
         version = self._champion(request)
-        began = perf_counter()
-        try:
+        with self._measured.stored(request, "delete"):
             [existed] = await self._store.delete(version.name, [item_id])
-        finally:
-            self._stored(request, "delete", began)
         if not existed:
             raise ItemNotFound(item_id, version.name)
         return Answer(b"", 204)
@@ -312,10 +375,16 @@ class Api:
         If anything fails, what is served goes on. The previous version stays ready, so a rollback takes no time.
         """
         name = requests.read_path_segment(request.params[0])
-        job = await self._promotions.promote(name, requests.read_alias(await request.body()))
-        answer = Answer.json({"job": job.shown()}, 202)
-        answer.headers.append((b"location", f"/v1/jobs/{job.id}".encode()))
-        return answer
+        return _started(await self._promotions.promote(name, requests.read_version(await request.body())))
+
+    async def backfill(self, request: Request) -> Answer:
+        """Encodes the stored items with a version beside the served one: a job. It can be searched by its name then.
+
+        Good for comparing a challenger before it serves, and a promotion of it has nothing left to do. From then on
+        writes cost an encoding more, until a promotion drops what is neither champion, previous nor challenger.
+        """
+        name = requests.read_path_segment(request.params[0])
+        return _started(await self._promotions.backfill(name, requests.read_version(await request.body())))
 
     async def get_job(self, request: Request) -> Answer:
         """How far a job is. It is kept for a day."""
@@ -368,19 +437,10 @@ class Api:
         request.model = version.ref
         return version
 
-    async def _encode(self, request: Request, version: ModelVersion, items: Sequence[Item], pointer: str) -> Encoding:
-        request.model = version.ref
-        began = perf_counter()
-        encoding, waited = await self._models.encode(version, items, pointer)
-        seconds = perf_counter() - began - waited
-        request.seconds["queue"], request.seconds["encode"] = waited, seconds
-        self._metrics.columns(version.ref, encoding.statuses)
-        return encoding
-
     async def _upsert(self, request: Request, version: ModelVersion, entries: Sequence[Entry]) -> list[Upserted]:
         def took(part: str, since: float) -> None:
             if part == "store":
-                self._stored(request, "put", since)
+                self._measured.took(request, "put", since)
             else:
                 request.took(part, since)
 
@@ -389,34 +449,15 @@ class Api:
         self._metrics.columns(version.ref, [one.columns for one in stored])
         return stored
 
-    async def _vector_of(self, request: Request, version: ModelVersion, item_id: str) -> Vector:
-        """The vector of a stored item; encoded anew where the store has the item but not this version's vector."""
-        began = perf_counter()
-        try:
-            [vector] = await self._store.get_vectors(version.name, version.fingerprint, [item_id])
-            if vector is not None:
-                return vector
-            item = await self._store.get(version.name, item_id)
-        finally:
-            self._stored(request, "get", began)
-        encoded: Vector = (await self._encode(request, version, [orjson.loads(item.raw)], "")).vectors[0]
-        return encoded
-
-    def _stored(self, request: Request, operation: str, began: float) -> None:
-        """Notes a call to the store, whether it went well or not: called in a `finally`."""
-        request.took("store", began)
-        self._metrics.store(operation, perf_counter() - began)
-        if isinstance(sys.exception(), StoreUnavailable):
-            self._metrics.store_error(operation)
-
     async def _described(self, name: str) -> dict[str, Any]:
         """A model as the registry and the store know it."""
         versions, aliases = await self._models.in_thread(_read_model, self._models.registry, name)
         champion = self._models.serving.get(name)
-        try:
+        items = index = None
+        with contextlib.suppress(StoreUnavailable):
             items = await self._store.count(name)
-        except StoreUnavailable:
-            items = None
+            if champion is not None:
+                index = (await self._store.index_status(name, champion.fingerprint)).mode
         return {
             "id": name,
             "object": "model",
@@ -424,9 +465,12 @@ class Api:
             "owned_by": "itemvec",
             "model": champion and champion.ref,
             "fingerprint": champion and champion.fingerprint,
+            "dimensions": champion and [*champion.encoder.config.nested, champion.dim],
+            "filterable": champion and list(filterable(champion.schema)),
             "versions": versions,
             "aliases": aliases,
             "items": items,
+            "index": index,
         }
 
 
@@ -434,6 +478,24 @@ def _read_model(registry: Registry, name: str) -> tuple[list[int], dict[str, int
     if name not in (names := registry.names()):  # a name from a path may hold anything
         raise ModelNotFound(name, names)
     return registry.versions(name), registry.aliases(name)
+
+
+def _started(job: Job) -> Answer:
+    answer = Answer.json({"job": job.shown()}, 202)
+    answer.headers.append((b"location", f"/v1/jobs/{job.id}".encode()))
+    return answer
+
+
+def _shortened(vectors: Vectors, size: int, version: ModelVersion) -> Vectors:
+    """The first `size` numbers of each, brought to length 1."""
+    if size > version.dim:
+        raise InvalidRequest.at("/dimensions", f"is {size}; {version.ref} has {version.dim}")
+    if size == version.dim:
+        return vectors
+    kept = vectors[:, :size]
+    lengths = np.linalg.norm(kept, axis=1, keepdims=True)
+    shortened: Vectors = kept / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return shortened
 
 
 def _of(version: ModelVersion, answer: dict[str, Any], status: int = 200) -> Answer:

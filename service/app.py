@@ -114,7 +114,13 @@ class Service:
 
         config = self._config
         torch.set_num_threads(config.torch_threads)
-        store = Store(config.redis_url or "", timeout=config.store_timeout, bulk_timeout=config.bulk_timeout)
+        store = Store(
+            config.redis_url or "",
+            timeout=config.store_timeout,
+            bulk_timeout=config.bulk_timeout,
+            index=config.index,
+            changed=self._metrics.degraded,
+        )
         self._models = LoadedModels(Registry(config.registry), store, config, self._metrics)
         # Not by the application's lifespan: Serve keeps the reason of a failure there to itself.
         await self._models.start()

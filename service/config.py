@@ -5,7 +5,7 @@ Whoever starts the service reads them once, with `ServiceConfig.read`, and hands
 
 import ipaddress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -82,11 +82,21 @@ class ServiceConfig(BaseSettings):
     """Of the embedded server, as Redis writes it, "2gb". Beyond it writes are refused, nothing is dropped."""
 
     store_timeout: PositiveFloat | None = None
-    """Seconds of one call in the path of a request; None: 0.15. Short,
+    """Seconds of one call in the path of a request; None: 0.12. Short,
     since encoding goes on without the store and a caller would rather have that at once."""
 
     bulk_timeout: PositiveFloat = 10.0
     """Seconds of one call that moves many items."""
+
+    index: Literal["auto", "flat", "hnsw", "exact"] = "auto"
+    """How neighbors are found. auto: flat below 50,000 items and hnsw above; exact where Redis has no query engine."""
+
+    cache: Literal["off", "local", "redis"] = "local"
+    """Where results of the encoder are kept. A look in Redis costs more than a small network on the spot; it pays for
+    large ones, and where replicas see the same items."""
+
+    cache_items: PositiveInt = 10_000
+    """Items that each replica keeps in memory; one of 64 numbers takes 1 kB."""
 
     # What one request may ask for: each limit bounds the memory or time that one caller takes from others.
 
@@ -102,8 +112,20 @@ class ServiceConfig(BaseSettings):
     max_string: PositiveInt = 65_536
     """Characters in one value."""
 
+    max_rows: PositiveInt = 65_536
+    """Items of one Arrow stream."""
+
     max_k: PositiveInt = 1000
     max_exclude: PositiveInt = 1000
+
+    max_queries: PositiveInt = 100
+    """Queries of one search, embeddings of one decoding."""
+
+    max_examples: PositiveInt = 100
+    """Positive examples of one query, and as many negative ones."""
+
+    max_filter: PositiveInt = 1000
+    """Conditions and values of one filter, counted together."""
 
     max_in_flight: PositiveInt = 256
     """Requests that one replica takes on at once; the next is answered 429."""

@@ -10,13 +10,14 @@ more here than encoding an item does. The same table makes the documentation (`s
 import asyncio
 import hmac
 import logging
-import os
+import random
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from time import perf_counter
-from typing import Any, Final, Literal
+from types import UnionType
+from typing import Any, Final, Literal, TypeVar
 from urllib.parse import parse_qsl, quote
 
 import orjson
@@ -39,6 +40,7 @@ from service.problems import (
 
 log = logging.getLogger("itemvec.service")
 
+T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -47,8 +49,12 @@ Permission = Literal["read", "write", "admin"]
 
 JSON: Final = b"application/json"
 BODY_SECONDS: Final = 30.0
+IDS: Final = random.Random()  # noqa: S311 - ids have to differ, not to be secret, and a call to the system costs 1 us
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 """Printable ASCII without spaces: what may be echoed in a header and written to a log as it came."""
+
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-[!-~]*)?")
+"""W3C Trace Context, level 1: version, trace, parent, flags; a later version may add more behind them."""
 
 
 @dataclass(slots=True)
@@ -71,13 +77,18 @@ class ClientGone(Exception):
 class Request:
     """One request on its way; handlers read from it, and note in it how long their parts took."""
 
-    __slots__ = ("_receive", "_scope", "headers", "id", "max_body", "model", "params", "seconds")
+    __slots__ = ("_receive", "_scope", "headers", "id", "max_body", "media_type", "model", "params", "seconds", "trace")
 
     def __init__(self, scope: Scope, receive: Receive, max_body: int) -> None:
         self._scope, self._receive, self.max_body = scope, receive, max_body
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"")
-        self.id = (given if REQUEST_ID.fullmatch(given) else os.urandom(12).hex().encode()).decode()
+        fresh = IDS.getrandbits(288).to_bytes(36).hex()
+        self.id = given.decode() if REQUEST_ID.fullmatch(given) else fresh[:24]
+        self.trace = _trace(self.headers.get(b"traceparent"), fresh[24:])
+        """W3C Trace Context of this request: its caller's trace, with a parent id of its own."""
+        self.media_type = self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        """What the body says it is, without parameters."""
         self.params: Sequence[bytes] = ()
         """The variable segments of the path, still percent-encoded."""
         self.model: str | None = None
@@ -99,13 +110,26 @@ class Request:
     def took(self, part: str, since: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - since
 
-    async def body(self) -> bytes:
-        """The whole body; refused as soon as it is known to be too large, not after it was read."""
-        media_type = self.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        # Other types, and none, can be sent by a foreign web page without asking first; JSON cannot. A service on
-        # loopback without keys is safe from such pages because of this line.
-        if media_type != JSON:
-            raise UnsupportedMediaType(media_type.decode("latin-1")[:100])
+    def waited(self, queue: float, encode: float) -> None:
+        """Notes seconds before the encoder had time for the request, and those that it took."""
+        self.seconds["queue"] = self.seconds.get("queue", 0.0) + queue
+        self.seconds["encode"] = self.seconds.get("encode", 0.0) + encode
+
+    def wants(self, media_type: bytes) -> bool:
+        """Is the answer to be of this type? If the caller says so, or sends it and does not ask for JSON."""
+        accept = self.headers.get(b"accept", b"*/*")
+        if accept == b"*/*":
+            return self.media_type == media_type
+        accept = accept.lower()
+        return media_type in accept or (JSON not in accept and self.media_type == media_type)
+
+    async def body(self, *types: bytes) -> bytes:
+        """The whole body, of one of these types, or JSON; refused as soon as it is known to be too large."""
+        types = types or (JSON,)
+        # Other types, and none, can be sent by a foreign web page without asking first; JSON and Arrow cannot. A
+        # service on loopback without keys is safe from such pages because of this line.
+        if (media_type := self.media_type) not in types:
+            raise UnsupportedMediaType(media_type.decode("latin-1")[:100], [one.decode() for one in types])
         announced = self.headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.max_body:
             raise BodyTooLarge(self.max_body)
@@ -126,6 +150,24 @@ class Request:
             raise BodyTooSlow(BODY_SECONDS) from None
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    async def while_here(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of long work, after the body; drops it and raises `ClientGone` if the caller goes first."""
+        doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._left())
+        try:
+            await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                doing.cancel()
+                await asyncio.wait({doing})
+                raise ClientGone
+            return doing.result()
+        finally:
+            doing.cancel()
+            leaving.cancel()
+
+    async def _left(self) -> None:
+        if (await self._receive())["type"] != "http.disconnect":
+            await asyncio.Event().wait()  # not what a server may send here, so nothing to learn from
+
 
 Handler = Callable[[Request], Awaitable[Answer]]
 
@@ -145,8 +187,12 @@ class Operation:
     """The scope a key needs; None is open to everybody, and answered even when the service is full."""
 
     takes: type[BaseModel] | None = None
-    gives: Mapping[int, type[BaseModel] | str] = field(default_factory=dict)
-    """Status -> the model of the answer, or the media type of one that is not JSON."""
+    arrow: str = ""
+    """What an Arrow stream sent and answered here holds, where one may be."""
+
+    gives: Mapping[int, type[BaseModel] | UnionType | str] = field(default_factory=dict)
+    """Status -> the model of the answer (a union where it has one of several shapes), or the media type of one that is
+    not JSON."""
 
     refuses: tuple[int, ...] = ()
     query: Mapping[str, str] = field(default_factory=dict)
@@ -257,6 +303,7 @@ class Edge:
             operation, request.params = self._router.find(scope["method"], _raw_path(scope))
             answer = await self._admitted(operation, request)
         except ClientGone:
+            self._metrics.rejected("client_gone")
             return
         except Exception as error:
             answer = self._refusal(error, request, scope["method"])
@@ -286,7 +333,10 @@ class Edge:
         made = problem(error, request.id, request.path[:1000])
         if made.status == 500:
             trace = None if isinstance(error, ItemvecError) else error  # one of ours explains itself
-            log.error("request %s failed: %s %s: %s", request.id, method, request.path, error, exc_info=trace)
+            said = (request.id, request.trace, method, request.path, error)
+            log.error("request %s (trace %s) failed: %s %s: %s", *said, exc_info=trace)
+        if request.path.endswith("/v1/embeddings"):
+            made.body["message"] = made.body["detail"]  # what OpenAI's clients show of an error
         headers = [(name.lower().encode(), value.encode()) for name, value in made.headers.items()]
         return Answer(orjson.dumps(made.body), made.status, b"application/problem+json", headers)
 
@@ -304,6 +354,17 @@ class Edge:
                 return
 
 
+def _trace(given: bytes | None, fresh: str) -> str:
+    """`00-TRACE-PARENT-FLAGS`: the trace and the flags of the caller, or a new trace; the parent is this request.
+
+    `fresh`: 48 random hex digits.
+    """
+    found = TRACEPARENT.fullmatch(given) if given is not None else None
+    if found is None or (found[3] and given is not None and given.startswith(b"00")):
+        return f"00-{fresh[:32]}-{fresh[32:]}-00"
+    return f"00-{found[1].decode()}-{fresh[32:]}-{found[2].decode()}"
+
+
 def _raw_path(scope: Scope) -> bytes:
     raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     return raw.removeprefix(scope.get("root_path", "").encode())
@@ -316,6 +377,7 @@ async def _send(answer: Answer, request: Request, send: Send, with_body: bool) -
         (b"content-length", str(len(answer.body)).encode()),
         (b"x-request-id", request.id.encode()),
         (b"server-timing", timing.encode()),
+        (b"traceparent", request.trace.encode()),
         *answer.headers,
     ]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})

@@ -11,8 +11,10 @@ import numpy.typing as npt
 from itemvec.errors import FieldError, InvalidItem, StoreUnavailable
 from itemvec.features import Status
 from itemvec.version import ModelVersion
+from service import attributes
+from service.index import NoIndex
 from service.models import LoadedModels
-from service.store import Store
+from service.store import Encoded, Store
 
 Item = Mapping[str, Any]
 
@@ -43,7 +45,7 @@ class Upserted:
 
 async def encode_fitting(models: LoadedModels, version: ModelVersion, items: Sequence[Item]) -> Fitting:
     try:
-        encoding, _ = await models.encode(version, items)
+        encoding, _ = await models.encode(version, items, cached=False)
         return Fitting(list(range(len(items))), encoding.vectors, encoding.statuses, {})
     except InvalidItem as invalid:
         errors: dict[int, list[FieldError]] = {}
@@ -52,8 +54,17 @@ async def encode_fitting(models: LoadedModels, version: ModelVersion, items: Seq
     rows = [i for i in range(len(items)) if i not in errors]
     if not rows:
         return Fitting([], np.empty((0, version.dim), np.float32), [], errors)
-    encoding, _ = await models.encode(version, [items[i] for i in rows])
+    encoding, _ = await models.encode(version, [items[i] for i in rows], cached=False)
     return Fitting(rows, encoding.vectors, encoding.statuses, errors)
+
+
+def encoded(version: ModelVersion, items: Sequence[Item], fitting: Fitting) -> Encoded:
+    """For the store: the vectors with what queries can filter by. Items that the version refuses get no vector."""
+    rows = fitting.rows if fitting.errors else None
+    columns = attributes.filterable(version.schema)
+    if not columns:
+        return Encoded(fitting.vectors, rows)
+    return Encoded(fitting.vectors, rows, [attributes.fields(columns, items[i]) for i in fitting.rows])
 
 
 class ItemWriter:
@@ -107,10 +118,8 @@ class ItemWriter:
         if version.fingerprint in known:
             try:
                 return await self._put_live(version, known, ids, items, raws, vectors)
-            except StoreUnavailable:
-                # One of them may have been dropped since. If nothing has changed it was Redis, and so it was said.
-                if await self._store.live(name) == known:
-                    raise
+            except NoIndex:
+                pass  # one of them may have been dropped since
         live = await self._store.live(name)
         if version.fingerprint not in live:
             raise StoreUnavailable(f"the index of {version.ref} is not there yet", retry_after=2.0)
@@ -126,23 +135,23 @@ class ItemWriter:
         vectors: npt.NDArray[np.float32],
     ) -> list[bool]:
         name = version.name
-        whole = {version.fingerprint: vectors}
-        partial: dict[str, Fitting] = {}
+        made = {}
         for fingerprint, ref in live.items():
-            if fingerprint not in whole:
-                fitting = await self._fitting(ref, items)
-                if fitting.errors:  # another schema may know a column by another type
-                    partial[fingerprint] = fitting
-                else:
-                    whole[fingerprint] = fitting.vectors
-        written = await self._store.put(name, ids, raws, whole)
+            if fingerprint == version.fingerprint:
+                fitting = Fitting(list(range(len(items))), vectors, [], {})
+                made[fingerprint] = encoded(await self._models.get(ref), items, fitting)
+            else:
+                made[fingerprint] = await self._encoded(ref, items)
+        written = await self._store.put(name, ids, raws, made)
         for fingerprint, ref in written.live.items():
-            if fingerprint not in whole:  # live since we looked: its backfill may have passed these items already
-                late = partial.get(fingerprint) or await self._fitting(ref, items)
-                late_ids, revs = [ids[i] for i in late.rows], [written.revs[i] for i in late.rows]
-                await self._store.add_vectors(name, fingerprint, late_ids, revs, late.vectors)
+            # Live since we looked, so its backfill may have passed these items already; or of another version now,
+            # that has the same network but other columns to filter by.
+            if live.get(fingerprint) != ref:
+                late = await self._encoded(ref, items)
+                await self._store.add_vectors(name, fingerprint, ids, written.revs, late)
         self._live[name] = written.live  # only after a write that went well: the next one starts from what is true
         return written.created
 
-    async def _fitting(self, ref: str, items: Sequence[Item]) -> Fitting:
-        return await encode_fitting(self._models, await self._models.get(ref), items)
+    async def _encoded(self, ref: str, items: Sequence[Item]) -> Encoded:
+        version = await self._models.get(ref)
+        return encoded(version, items, await encode_fitting(self._models, version, items))

@@ -101,6 +101,18 @@ class Metrics:
             ["model", "column", "status"],
             registry=registry,
         )
+        self._cached = Counter(
+            "itemvec_cache_items_total",
+            "Items looked for in the encode cache: found in this process (local), in Redis (redis), or encoded (miss).",
+            ["model", "result"],
+            registry=registry,
+        )
+        self._degraded = Gauge(
+            "itemvec_degraded_replicas",
+            "Replicas that go on without the store, since it does not answer.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         self._store_seconds = Histogram(
             "itemvec_store_seconds", "Calls to Redis.", ["operation"], buckets=SECONDS, registry=registry
         )
@@ -163,6 +175,13 @@ class Metrics:
 
     def store_error(self, operation: str) -> None:
         self._store_errors.labels(operation).inc()
+
+    def cache(self, model: str, result: str, items: int) -> None:
+        if items:
+            self._cached.labels(model, result).inc(items)
+
+    def degraded(self, is_so: bool) -> None:
+        self._degraded.set(int(is_so))
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()

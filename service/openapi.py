@@ -1,11 +1,12 @@
 """The OpenAPI document of the table of operations, and the page that shows it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import orjson
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 import itemvec
 from itemvec.errors import ConfigError
+from service.arrow import STREAM
 from service.edge import Operation
 from service.problems import reason
 from service.schemas import Problem
@@ -21,6 +23,7 @@ ASSETS: Final = {
     "swagger-ui-bundle.js": b"text/javascript; charset=utf-8",
     "swagger-ui.css": b"text/css; charset=utf-8",
 }
+ARROW: Final = STREAM.decode()
 REFERENCE: Final = "#/components/schemas/{model}"
 
 PAGE: Final = b"""<!doctype html>
@@ -43,7 +46,7 @@ PAGE: Final = b"""<!doctype html>
 def document(operations: Iterable[Operation], with_keys: bool) -> bytes:
     """The OpenAPI 3.1 document; `with_keys`: calls need a bearer key."""
     operations = list(operations)
-    used = {m for o in operations for m in (o.takes, *o.gives.values(), Problem) if isinstance(m, type)}
+    used = {m for o in operations for m in (o.takes, *chain(*map(_models, o.gives.values())), Problem) if m is not None}
     models = sorted(used, key=lambda m: m.__name__)
     _, schemas = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
@@ -90,10 +93,13 @@ def _described(operation: Operation, with_keys: bool) -> dict[str, Any]:
         | {str(status): _problem(status) for status in operation.refuses},
     }
     if operation.takes is not None:
-        described["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": _ref(operation.takes)}},
-        }
+        content: dict[str, Any] = {"application/json": {"schema": _ref(operation.takes)}}
+        if operation.arrow:
+            stream = {ARROW: {"schema": {"type": "string", "format": "binary", "description": operation.arrow}}}
+            content |= stream
+            for status in map(str, operation.gives):
+                described["responses"][status]["content"] |= stream
+        described["requestBody"] = {"required": True, "content": content}
     if with_keys and operation.permission is not None:
         described["security"] = [{"key": []}]
         described["description"] += f" Needs a key with the scope `{operation.permission}`."
@@ -105,12 +111,19 @@ def _parameter(name: str, place: str, text: str = "") -> dict[str, Any]:
     return {"name": name, "in": place, "required": place == "path", "description": text, "schema": schema}
 
 
-def _answer(status: int, gives: type[BaseModel] | str) -> dict[str, Any]:
+def _answer(status: int, gives: Any) -> dict[str, Any]:
     if not gives:
         return {"description": reason(status)}
     if isinstance(gives, str):
         return {"description": reason(status), "content": {gives: {}}}
-    return {"description": reason(status), "content": {"application/json": {"schema": _ref(gives)}}}
+    refs = [_ref(model) for model in _models(gives)]
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    return {"description": reason(status), "content": {"application/json": {"schema": schema}}}
+
+
+def _models(gives: Any) -> Sequence[type[BaseModel]]:
+    """The models of an answer that has one shape or another."""
+    return () if isinstance(gives, str) else get_args(gives) or (gives,)
 
 
 def _problem(status: int) -> dict[str, Any]:

@@ -57,9 +57,9 @@ class BodyTooSlow(RequestError):
 
 
 class UnsupportedMediaType(RequestError):
-    def __init__(self, got: str) -> None:
+    def __init__(self, got: str, possible: Iterable[str] = ("application/json",)) -> None:
         sent = f"was {got!r}" if got else "is missing"
-        super().__init__(f"the header Content-Type {sent}; send application/json (with curl: --json)")
+        super().__init__(f"the header Content-Type {sent}; send {' or '.join(possible)} (with curl: --json)")
 
 
 class Unauthorized(RequestError):
@@ -188,3 +188,27 @@ def _problem(kind: str, status: int, detail: str, request_id: str, instance: str
 def _first_of(errors: list[FieldError]) -> str:
     first, more = errors[0], len(errors) - 1
     return f"{first.pointer or 'the body'}: {first.detail}" + (f" (and {more} more)" if more else "")
+
+
+TYPE_NAMES: Final = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+}
+
+
+def expected(pointer: str, wanted: str, value: Any) -> FieldError:
+    """What belongs at `pointer`, and what is there."""
+    if value is None:
+        return FieldError(pointer, f"expected {wanted}, got null")
+    shown = repr(value) if isinstance(value, str | int | float) else ""
+    shown = f" {shown}" if shown and len(shown) <= 60 else ""
+    return FieldError(pointer, f"expected {wanted}, got {TYPE_NAMES[type(value)]}{shown}")
+
+
+def escaped(name: str) -> str:
+    """A name as a part of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")

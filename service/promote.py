@@ -26,9 +26,10 @@ from typing import Any, Literal, Protocol
 import orjson
 
 from itemvec.errors import ItemvecError, StoreUnavailable
-from itemvec.registry import CHAMPION, PREVIOUS
+from itemvec.registry import CHALLENGER, CHAMPION, PREVIOUS
 from itemvec.version import ModelVersion
-from service.items import encode_fitting
+from service import attributes
+from service.items import encode_fitting, encoded
 from service.models import LoadedModels
 from service.problems import JobNotFound, PromotionLost, PromotionRunning, problem
 from service.store import Store
@@ -57,8 +58,13 @@ BATCH = 128
 
 TOLD_REFUSALS = 20
 
+WATCH_SECONDS = 30.0
+"""How often it is looked whether an index has outgrown its form."""
+
 State = Literal["running", "succeeded", "failed"]
-Stage = Literal["loading", "encoding items", "waiting for the index", "switching", "done"]
+Stage = Literal["loading", "encoding items", "waiting for the index", "indexing again", "switching", "done"]
+Kind = Literal["promotion", "backfill", "reindex"]
+Cause = Literal["request", "registry", "size"]
 
 
 class Fleet(Protocol):
@@ -83,8 +89,10 @@ class Job:
     id: str
     name: str
     version: int
-    cause: Literal["request", "registry"]
-    """Who asked: a call, or the registry's champion that was changed by other means."""
+    cause: Cause
+    """Who asked: a call, the registry's champion that was changed by other means, or the number of items."""
+
+    kind: Kind = "promotion"
 
     state: State = "running"
     stage: Stage = "loading"
@@ -104,7 +112,7 @@ class Job:
 
     def shown(self) -> dict[str, Any]:
         return {
-            "id": self.id, "kind": "promotion", "model": f"{self.name}@{self.version}", "cause": self.cause,
+            "id": self.id, "kind": self.kind, "model": f"{self.name}@{self.version}", "cause": self.cause,
             "state": self.state, "stage": self.stage, "progress": {"done": self.done, "total": self.total},
             "refused": self.refused, "refusals": self.refusals,
             "started_at": _iso(self.started), "updated_at": _iso(self.heard), "problem": self.problem,
@@ -121,7 +129,14 @@ class Promotions:
         """When the last try at a version failed."""
 
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watching = False
         models.when_behind(self.follow)
+
+    def start(self) -> None:
+        """From now on looks whether an index should have another form, by its size or the settings; may come twice."""
+        if not self._watching:
+            self._watching = True
+            self._spawn(self._watch())
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -133,13 +148,21 @@ class Promotions:
 
         Raises `VersionNotFound`, or `PromotionRunning` if one to another version is under way.
         """
+        return await self._asked(name, version, "promotion")
+
+    async def backfill(self, name: str, version: int) -> Job:
+        """Starts to make a version's index, as a promotion would, and leaves it at that: it can be searched by its
+        name then, every write reaches it, and a later promotion has nothing left to encode."""
+        return await self._asked(name, version, "backfill")
+
+    async def _asked(self, name: str, version: int, kind: Kind) -> Job:
         await self._models.in_thread(self._models.registry.resolve, f"{name}@{version}")
         try:
-            return await self._start(name, version, "request")
+            return await self._start(name, version, "request", kind)
         except PromotionRunning as running:
             with contextlib.suppress(JobNotFound):
                 job = await self.job(running.job_id)
-                if job.version == version and job.state == "running":
+                if (job.kind, job.version, job.state) == (kind, version, "running"):
                     return job
             raise
 
@@ -153,7 +176,7 @@ class Promotions:
     async def job(self, job_id: str) -> Job:
         if job_id in self._running:
             return self._running[job_id]
-        record = await self._store.job(job_id)
+        record = await self._store.leases.job(job_id)
         if record is None:
             raise JobNotFound(job_id)
         job = Job(**orjson.loads(record))
@@ -162,13 +185,29 @@ class Promotions:
             job.state, job.problem = "failed", problem(gone, job.id).body
         return job
 
-    async def _start(self, name: str, version: int, cause: Literal["request", "registry"]) -> Job:
-        job = Job(secrets.token_hex(8), name, version, cause, started=time.time(), heard=time.time())
-        holder = await self._store.claim(name, job.id, LEASE_SECONDS)
+    async def _watch(self) -> None:
+        said: dict[str, str] = {}
+        while True:
+            for name, version in list(self._models.serving.items()):
+                try:
+                    if await self._store.reindex_wanted(name, version.fingerprint):
+                        await self._start(name, version.version, "size", "reindex")
+                    said.pop(name, None)
+                except (StoreUnavailable, PromotionRunning):  # it may be wanted still when that is over
+                    pass
+                except ItemvecError as error:  # a Redis that evicts items, or cannot do what the setting asks for
+                    if said.get(name) != str(error):
+                        log.warning("the index of %s: %s", version.ref, error)
+                    said[name] = str(error)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _start(self, name: str, version: int, cause: Cause, kind: Kind = "promotion") -> Job:
+        job = Job(secrets.token_hex(8), name, version, cause, kind, started=time.time(), heard=time.time())
+        holder = await self._store.leases.claim(name, job.id, LEASE_SECONDS)
         patience = time.monotonic() + PATIENCE_SECONDS
         while holder.startswith(CLEANING) and time.monotonic() < patience:
             await asyncio.sleep(0.05)
-            holder = await self._store.claim(name, job.id, LEASE_SECONDS)
+            holder = await self._store.leases.claim(name, job.id, LEASE_SECONDS)
         if holder.startswith(CLEANING):
             raise StoreUnavailable(f"an old version of {name} is still being removed", retry_after=5.0)
         if holder != job.id:
@@ -179,7 +218,8 @@ class Promotions:
         return job
 
     async def _run(self, job: Job) -> None:
-        work = asyncio.create_task(self._switch(job))
+        kinds = {"promotion": self._switch, "backfill": self._fill, "reindex": self._reindex}
+        work = asyncio.create_task(kinds[job.kind](job))
         renewal = asyncio.create_task(self._renew(job.name, job.id, job))
         failure: Exception | None = StoreUnavailable("the replica that ran this job was stopped; start it again")
         try:
@@ -187,7 +227,9 @@ class Promotions:
             failure = None
         except Exception as error:
             trace = None if isinstance(error, ItemvecError) else error
-            log.warning("job %s: %s@%d was not promoted: %s", job.id, job.name, job.version, error, exc_info=trace)
+            log.warning(
+                "job %s (%s of %s@%d) failed: %s", job.id, job.kind, job.name, job.version, error, exc_info=trace
+            )
             failure = error
         finally:
             work.cancel()
@@ -195,35 +237,27 @@ class Promotions:
             renewal.cancel()
             # The lease first: who reads that the job has ended may start the next one.
             with contextlib.suppress(StoreUnavailable):
-                await self._store.release(job.name, job.id)
+                await self._store.leases.release(job.name, job.id)
             self._end(job, failure)
             with contextlib.suppress(StoreUnavailable):
                 await self._note(job)
             self._running.pop(job.id, None)
-        if failure is None:
+        if failure is None and job.kind != "backfill":
             self._spawn(self._drop_old(job.name))
 
     def _end(self, job: Job, failure: Exception | None) -> None:
         if failure is None:
             job.state, job.stage = "succeeded", "done"
             self._failed.pop((job.name, job.version), None)
-            log.info("promoted %s@%d (job %s)", job.name, job.version, job.id)
+            log.info("%s of %s@%d succeeded (job %s)", job.kind, job.name, job.version, job.id)
         else:
             job.state, job.problem = "failed", problem(failure, job.id).body
-            self._failed[job.name, job.version] = time.monotonic()
+            if job.kind == "promotion":
+                self._failed[job.name, job.version] = time.monotonic()
 
     async def _switch(self, job: Job) -> None:
         name, number = job.name, job.version
-        await self._fleet.call("prepare_version", name, number, timeout=PREPARE_SECONDS)
-        version = await self._models.get(f"{name}@{number}")
-        if version.fingerprint not in await self._store.ready(name):
-            was_live = version.fingerprint in await self._store.live(name)
-            try:
-                await self._backfill(job, version)
-            except BaseException:
-                if not was_live:
-                    await asyncio.shield(self._withdraw(job, version))
-                raise
+        await self._fill(job)
         await self._hold(job)
         job.stage = "switching"
         await self._models.in_thread(self._models.registry.promote, name, number)
@@ -232,9 +266,34 @@ class Promotions:
         except Exception as error:  # the registry has it, so whoever missed the call follows at its next poll
             log.warning("not every replica was told of %s@%d, the rest will read it: %s", name, number, error)
 
+    async def _fill(self, job: Job) -> None:
+        """Loads the version on every replica and completes its index, unless it is complete already."""
+        name, number = job.name, job.version
+        await self._fleet.call("prepare_version", name, number, timeout=PREPARE_SECONDS)
+        version = await self._models.get(f"{name}@{number}")
+        if version.fingerprint not in await self._store.ready(name) or not await self._has_columns(version):
+            was_live = version.fingerprint in await self._store.live(name)
+            try:
+                await self._backfill(job, version)
+            except BaseException:
+                if not was_live:
+                    await asyncio.shield(self._withdraw(job, version))
+                raise
+
+    async def _has_columns(self, version: ModelVersion) -> bool:
+        """A version may differ from the one before in what is filterable alone, and then they share a fingerprint."""
+        status = await self._store.index_status(version.name, version.fingerprint)
+        return attributes.index_fields(version.schema).items() <= status.fields.items()
+
+    async def _reindex(self, job: Job) -> None:
+        job.stage = "indexing again"
+        for fingerprint in await self._store.live(job.name):
+            await self._store.reindex(job.name, fingerprint)
+
     async def _backfill(self, job: Job, version: ModelVersion) -> None:
         name, fingerprint, store = job.name, version.fingerprint, self._store
-        await store.ensure_index(name, fingerprint, version.dim, items_hint=await store.count(name))
+        fields = attributes.index_fields(version.schema)
+        await store.ensure_index(name, fingerprint, version.dim, items_hint=await store.count(name), fields=fields)
         await store.mark_live(name, fingerprint, version.ref)
         for tries_left in reversed(range(SCAN_TRIES)):
             try:
@@ -246,6 +305,7 @@ class Promotions:
                     raise
                 log.warning("job %s scans the items again: %s", job.id, error)
                 await asyncio.sleep(error.retry_after)
+        await store.reindex(name, fingerprint, fields=fields)
         await store.mark_ready(name, fingerprint)
 
     async def _encode_stored(self, job: Job, version: ModelVersion) -> None:
@@ -253,11 +313,10 @@ class Promotions:
         job.total = await self._store.count(job.name)
         async for batch in self._store.scan(job.name, BATCH):
             began = time.monotonic()
-            fitting = await encode_fitting(self._models, version, [orjson.loads(item.raw) for item in batch])
-            kept = [batch[i] for i in fitting.rows]
-            if kept:
-                ids, revs = [item.id for item in kept], [item.rev for item in kept]
-                await self._store.add_vectors(job.name, version.fingerprint, ids, revs, fitting.vectors)
+            items = [orjson.loads(item.raw) for item in batch]
+            fitting = await encode_fitting(self._models, version, items)
+            ids, revs = [item.id for item in batch], [item.rev for item in batch]
+            await self._store.add_vectors(job.name, version.fingerprint, ids, revs, encoded(version, items, fitting))
             job.done += len(batch)
             job.refused += len(fitting.errors)
             for row, errors in fitting.errors.items():
@@ -296,7 +355,7 @@ class Promotions:
 
     async def _hold(self, job: Job) -> None:
         """Raises `PromotionLost` if another job may have begun, since what follows would get in its way."""
-        if not await self._store.renew(job.name, job.id, LEASE_SECONDS):
+        if not await self._store.leases.renew(job.name, job.id, LEASE_SECONDS):
             raise PromotionLost(f"{job.name}@{job.version}")
 
     async def _withdraw(self, job: Job, version: ModelVersion) -> None:
@@ -306,41 +365,42 @@ class Promotions:
             await self._store.drop_version(version.name, version.fingerprint)
 
     async def _drop_old(self, name: str) -> None:
-        """Of the live versions the champion and the previous one stay."""
+        """Of the live versions the champion, the previous one and the challenger stay."""
         await asyncio.sleep(self._grace)
         me = CLEANING + secrets.token_hex(8)
         with contextlib.suppress(StoreUnavailable):
-            if await self._store.claim(name, me, LEASE_SECONDS) != me:
+            if await self._store.leases.claim(name, me, LEASE_SECONDS) != me:
                 return  # the promotion that runs now will see to it
             renewal = asyncio.create_task(self._renew(name, me))
             try:
                 aliases = await self._models.in_thread(self._models.registry.aliases, name)
                 kept = {f"{name}@{aliases[alias]}" for alias in (CHAMPION, PREVIOUS) if alias in aliases}
+                challenger = f"{name}@{aliases.get(CHALLENGER)}"
                 kept_fingerprints = {(await self._models.get(ref)).fingerprint for ref in kept}
                 for fingerprint, ref in (await self._store.live(name)).items():
-                    if fingerprint not in kept_fingerprints:
-                        if not await self._store.renew(name, me, LEASE_SECONDS):
+                    if fingerprint not in kept_fingerprints and ref != challenger:
+                        if not await self._store.leases.renew(name, me, LEASE_SECONDS):
                             return  # a promotion that runs now may need it
                         await self._store.unmark_live(name, fingerprint)
                         await self._store.drop_version(name, fingerprint)
                         log.info("dropped the index and the vectors of %s", ref)
             finally:
                 renewal.cancel()
-                await self._store.release(name, me)
+                await self._store.leases.release(name, me)
 
     async def _renew(self, name: str, holder: str, job: Job | None = None) -> None:
         """Keeps the lease, and tells how far the job is, until it is cancelled; returns if the lease is lost."""
         while True:
             await asyncio.sleep(LEASE_SECONDS / 15)
             with contextlib.suppress(StoreUnavailable):
-                if not await self._store.renew(name, holder, LEASE_SECONDS):
+                if not await self._store.leases.renew(name, holder, LEASE_SECONDS):
                     return
                 if job is not None:
                     await self._note(job)
 
     async def _note(self, job: Job) -> None:
         job.heard = time.time()
-        await self._store.save_job(job.id, orjson.dumps(asdict(job)), KEPT_SECONDS)
+        await self._store.leases.save_job(job.id, orjson.dumps(asdict(job)), KEPT_SECONDS)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

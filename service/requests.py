@@ -21,15 +21,14 @@ import orjson
 
 from itemvec.errors import FieldError
 from itemvec.values import MAX_ID_BYTES
-from service.problems import MAX_ERRORS, InvalidRequest, MalformedRequest
-
-type_names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+from service.problems import MAX_ERRORS, InvalidRequest, MalformedRequest, escaped, expected
 
 Item = dict[str, Any]
 
 MAX_COLUMNS = 1000
 MAX_DIM = 65_536
-DEFAULT_K = 10
+DEFAULT_TOP = 5
+ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,16 @@ class Limits:
     """What one request may ask for. Beyond any of them the answer is 413 or 422 and names the limit."""
 
     items: int
+    rows: int
+    """Of an Arrow stream."""
+
     labels: int
     string: int
     k: int
     exclude: int
+    queries: int
+    examples: int
+    filter: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +54,6 @@ class EmbeddingsRequest:
     model: str | None
     base64: bool
     dimensions: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class SimilarRequest:
-    """Exactly one of `id`, `item` and `embedding` is set."""
-
-    id: str | None
-    item: Item | None
-    embedding: npt.NDArray[np.float32] | None
-    k: int
-    exclude: frozenset[str]
-    model: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,66 +79,85 @@ class RefusedEntry:
 
 
 def read_embeddings(body: bytes, limits: Limits) -> EmbeddingsRequest:
-    fields = _object(body, {"input", "model", "encoding_format", "dimensions", "user"})
+    fields = read_object(body, {"input", "model", "encoding_format", "dimensions", "user"})
     errors: list[FieldError] = []
     items = fields.get("input")
     if "input" not in fields:
         errors.append(FieldError("/input", "is missing: send a list of items, each an object of columns"))
     elif not isinstance(items, list):
-        errors.append(_expected("/input", "a list of items", items))
+        errors.append(expected("/input", "a list of items", items))
     elif not 1 <= len(items) <= limits.items:
         errors.append(FieldError("/input", f"has {len(items)} items; a request takes 1 to {limits.items}"))
     else:
-        errors += _item_errors(items, "/input", limits, len(body))
+        errors += items_errors(items, "/input", limits, len(body))
     encoding_format = fields.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
-        errors.append(_expected("/encoding_format", '"float" or "base64"', encoding_format))
+        errors.append(expected("/encoding_format", '"float" or "base64"', encoding_format))
     dimensions = fields.get("dimensions")
-    if dimensions is not None and not (_is_int(dimensions) and dimensions >= 1):
-        errors.append(_expected("/dimensions", "a whole number from 1", dimensions))
-    model = _model(fields, errors)
+    if dimensions is not None and not (is_int(dimensions) and dimensions >= 1):
+        errors.append(expected("/dimensions", "a whole number from 1", dimensions))
+    model = read_model(fields, errors)
     if errors:
         raise InvalidRequest(errors)
     return EmbeddingsRequest(fields["input"], model, encoding_format == "base64", dimensions)
 
 
-def read_similar(body: bytes, limits: Limits) -> SimilarRequest:
-    fields = _object(body, {"id", "item", "embedding", "k", "exclude", "model"})
-    errors: list[FieldError] = []
-    given = [name for name in ("id", "item", "embedding") if name in fields]
-    if len(given) != 1:
-        seen = " and ".join(given) or "none"
-        raise InvalidRequest.at("", f"send exactly one of id, item and embedding; this one has {seen}")
-    query_id = item = embedding = None
-    match given[0]:
-        case "id":
-            query_id = _item_id(fields["id"], "/id", errors)
-        case "item":
-            item = fields["item"]
-            errors += _item_error(item, "/item", limits, len(body))
-        case _:
-            embedding = _embedding(fields["embedding"], errors)
-    k = fields.get("k", DEFAULT_K)
-    if not _is_int(k) or not 1 <= k <= limits.k:
-        errors.append(_expected("/k", f"a whole number from 1 to {limits.k}", k))
-    exclude = fields.get("exclude", [])
-    if not isinstance(exclude, list):
-        errors.append(_expected("/exclude", "a list of item ids", exclude))
-    elif len(exclude) > limits.exclude:
-        errors.append(FieldError("/exclude", f"has {len(exclude)} ids; a request takes up to {limits.exclude}"))
-    else:
-        for i, left_out in enumerate(exclude):
-            _item_id(left_out, f"/exclude/{i}", errors)
-    model = _model(fields, errors)
+def read_embeddings_query(query: Mapping[str, str]) -> tuple[str | None, int | None]:
+    """`model` and `dimensions` of a stream, whose body has no room for them."""
+    errors = unknown_fields(query, {"model", "dimensions"}, "")
+    dimensions = query.get("dimensions")
+    if dimensions is not None and not (dimensions.isascii() and dimensions.isdigit() and 0 < len(dimensions) < 10):
+        errors.append(expected("/dimensions", "a whole number from 1", dimensions))
+    elif dimensions is not None and int(dimensions) < 1:
+        errors.append(expected("/dimensions", "a whole number from 1", int(dimensions)))
+    model = read_model(query, errors)
     if errors:
         raise InvalidRequest(errors)
-    return SimilarRequest(query_id, item, embedding, k, frozenset(exclude), model)
+    return model, None if dimensions is None else int(dimensions)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    vectors: list[npt.NDArray[np.float32]]
+    pointers: list[str]
+    """Where in the request each vector was."""
+
+    top: int
+    model: str | None
+
+
+def read_decode(body: bytes, limits: Limits) -> DecodeRequest:
+    fields = read_object(body, {"embedding", "embeddings", "top", "model"})
+    errors: list[FieldError] = []
+    vectors: list[npt.NDArray[np.float32]] = []
+    pointers: list[str] = []
+    if ("embedding" in fields) == ("embeddings" in fields):
+        errors.append(FieldError("", "send either embedding or embeddings"))
+    elif "embedding" in fields:
+        pointers = ["/embedding"]
+        vectors = [v for v in [read_vector(fields["embedding"], "/embedding", errors)] if v is not None]
+    elif not isinstance(fields["embeddings"], list):
+        errors.append(expected("/embeddings", "a list of vectors", fields["embeddings"]))
+    elif not 1 <= len(fields["embeddings"]) <= limits.queries:
+        detail = f"has {len(fields['embeddings'])} vectors; a request takes 1 to {limits.queries}"
+        errors.append(FieldError("/embeddings", detail))
+    else:
+        pointers = [f"/embeddings/{i}" for i in range(len(fields["embeddings"]))]
+        read = (read_vector(value, at, errors) for value, at in zip(fields["embeddings"], pointers, strict=True))
+        vectors = [vector for vector in read if vector is not None]
+    top = fields.get("top", DEFAULT_TOP)
+    if not is_int(top) or not 1 <= top <= limits.k:
+        errors.append(expected("/top", f"a whole number from 1 to {limits.k}", top))
+    model = read_model(fields, errors)
+    if errors:
+        raise InvalidRequest(errors)
+    return DecodeRequest(vectors, pointers, top, model)
 
 
 def read_item(body: bytes, item_id: str, limits: Limits) -> Entry:
     """The columns of one item. Its id may stand among them, as in a table's row, but not another one."""
-    item = _object(body, None)
-    errors = _item_error(item, "", limits, len(body))
+    item = read_object(body, None)
+    errors = item_errors(item, "", limits, len(body))
     if "id" in item and item.pop("id") != item_id:
         errors.append(FieldError("/id", "is not the id in the path"))
     raw = _raw(item, "", errors)
@@ -156,33 +168,35 @@ def read_item(body: bytes, item_id: str, limits: Limits) -> Entry:
 
 def read_bulk(body: bytes, limits: Limits) -> BulkRequest:
     """A wrong entry is refused alone; a wrong list, as a whole."""
-    fields = _object(body, {"items", "model"})
+    fields = read_object(body, {"items", "model"})
     errors: list[FieldError] = []
     items = fields.get("items")
     if "items" not in fields:
         errors.append(FieldError("/items", "is missing: send a list of items, each an object with its id and columns"))
     elif not isinstance(items, list):
-        errors.append(_expected("/items", "a list of items", items))
+        errors.append(expected("/items", "a list of items", items))
     elif not 1 <= len(items) <= limits.items:
         errors.append(FieldError("/items", f"has {len(items)} items; a request takes 1 to {limits.items}"))
-    model = _model(fields, errors)
+    model = read_model(fields, errors)
     if errors:
         raise InvalidRequest(errors)
-    return BulkRequest(_entries(fields["items"], limits, len(body)), model)
+    items = fields["items"]
+    ids = [item.pop("id", ABSENT) if isinstance(item, dict) else None for item in items]
+    return BulkRequest(read_entries(items, ids, limits, len(body)), model)
 
 
-def _entries(items: list[Any], limits: Limits, size: int) -> list[Entry | RefusedEntry]:
+def read_entries(items: list[Any], ids: list[Any], limits: Limits, size: int) -> list[Entry | RefusedEntry]:
+    """`ids` is parallel to `items`, which hold everything else."""
     entries: list[Entry | RefusedEntry] = []
-    ids = [item.get("id") if isinstance(item, dict) else None for item in items]
     last = {item_id: i for i, item_id in enumerate(ids) if isinstance(item_id, str)}
     for i, (item, given) in enumerate(zip(items, ids, strict=True)):
         pointer, item_id, raw = f"/items/{i}", None, b""
-        errors = _item_error(item, pointer, limits, size)
+        errors = item_errors(item, pointer, limits, size)
         if isinstance(item, dict):
-            if "id" in item:
-                item_id = _item_id(item.pop("id"), f"{pointer}/id", errors)
-            else:
+            if given is ABSENT:
                 errors.append(FieldError(f"{pointer}/id", "is missing: every item needs its id"))
+            else:
+                item_id = read_item_id(given, f"{pointer}/id", errors)
             raw = _raw(item, pointer, errors)
         if isinstance(given, str) and last[given] != i:
             errors.append(FieldError(f"{pointer}/id", f"comes again at /items/{last[given]}, which is kept"))
@@ -201,12 +215,12 @@ def _raw(item: Item, pointer: str, errors: list[FieldError]) -> bytes:
         return b""
 
 
-def read_alias(body: bytes) -> int:
-    """The version that an alias is to point to."""
-    version = _object(body, {"version"}).get("version")
+def read_version(body: bytes) -> int:
+    """The version that is to be served, or filled."""
+    version = read_object(body, {"version"}).get("version")
     if type(version) is int and 1 <= version < 2**31:
         return version
-    raise InvalidRequest([_expected("/version", "a version number, from 1", version)])
+    raise InvalidRequest([expected("/version", "a version number, from 1", version)])
 
 
 def read_path_segment(raw: bytes) -> str:
@@ -219,38 +233,39 @@ def read_path_segment(raw: bytes) -> str:
 
 def read_path_id(raw: bytes) -> str:
     errors: list[FieldError] = []
-    item_id = _item_id(read_path_segment(raw), "/id", errors)
+    item_id = read_item_id(read_path_segment(raw), "/id", errors)
     if item_id is None:
         raise InvalidRequest(errors)
     return item_id
 
 
-def _object(body: bytes, known: set[str] | None) -> dict[str, Any]:
+def read_object(body: bytes, known: set[str] | None) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedRequest(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InvalidRequest([_expected("", "an object", value)])
+        raise InvalidRequest([expected("", "an object", value)])
     if known is not None and not value.keys() <= known:
-        names = ", ".join(sorted(known))
-        raise InvalidRequest(
-            FieldError("/" + _escaped(name), f"is not a field of this request; its fields are {names}")
-            for name in islice(value.keys() - known, MAX_ERRORS)
-        )
+        raise InvalidRequest(unknown_fields(value, known, ""))
     return value
 
 
-def _model(fields: Mapping[str, Any], errors: list[FieldError]) -> str | None:
+def unknown_fields(value: Mapping[str, Any], known: set[str], pointer: str) -> list[FieldError]:
+    detail = f"is not a field of this request; its fields are {', '.join(sorted(known))}"
+    return [FieldError(f"{pointer}/{escaped(name)}", detail) for name in islice(value.keys() - known, MAX_ERRORS)]
+
+
+def read_model(fields: Mapping[str, Any], errors: list[FieldError]) -> str | None:
     model = fields.get("model")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= 200):
-        errors.append(_expected("/model", "a name such as movies, movies@7 or movies@champion", model))
+        errors.append(expected("/model", "a name such as movies, movies@7 or movies@champion", model))
     return model
 
 
-def _item_id(value: Any, pointer: str, errors: list[FieldError]) -> str | None:
+def read_item_id(value: Any, pointer: str, errors: list[FieldError]) -> str | None:
     if not isinstance(value, str):
-        errors.append(_expected(pointer, "an item id, as a string", value))
+        errors.append(expected(pointer, "an item id, as a string", value))
     elif not value:
         errors.append(FieldError(pointer, "an item id cannot be empty"))
     elif len(value) > MAX_ID_BYTES // 4 and len(value.encode()) > MAX_ID_BYTES:
@@ -260,18 +275,18 @@ def _item_id(value: Any, pointer: str, errors: list[FieldError]) -> str | None:
     return None
 
 
-def _item_errors(items: list[Any], pointer: str, limits: Limits, size: int) -> list[FieldError]:
+def items_errors(items: list[Any], pointer: str, limits: Limits, size: int) -> list[FieldError]:
     # A body this small cannot hold a set or a string beyond the limits, so most requests skip the look at each value.
     if size < min(limits.string, 2 * limits.labels, 4 * MAX_COLUMNS):
         return [
-            _expected(f"{pointer}/{i}", "an item, as an object", x) for i, x in enumerate(items) if type(x) is not dict
+            expected(f"{pointer}/{i}", "an item, as an object", x) for i, x in enumerate(items) if type(x) is not dict
         ]
-    return [error for i, item in enumerate(items) for error in _item_error(item, f"{pointer}/{i}", limits, size)]
+    return [error for i, item in enumerate(items) for error in item_errors(item, f"{pointer}/{i}", limits, size)]
 
 
-def _item_error(item: Any, pointer: str, limits: Limits, size: int) -> list[FieldError]:
+def item_errors(item: Any, pointer: str, limits: Limits, size: int) -> list[FieldError]:
     if type(item) is not dict:
-        return [_expected(pointer, "an item, as an object", item)]
+        return [expected(pointer, "an item, as an object", item)]
     if len(item) > MAX_COLUMNS:
         return [FieldError(pointer, f"has {len(item)} columns; an item takes up to {MAX_COLUMNS}")]
     if size < min(limits.string, 2 * limits.labels):
@@ -280,13 +295,13 @@ def _item_error(item: Any, pointer: str, limits: Limits, size: int) -> list[Fiel
     for name, value in item.items():
         if type(value) is str:
             if len(value) > limits.string:
-                errors.append(_too_long(f"{pointer}/{_escaped(name)}", value, limits))
+                errors.append(_too_long(f"{pointer}/{escaped(name)}", value, limits))
         elif type(value) is list and value:
             if len(value) > limits.labels:
                 detail = f"has {len(value)} entries; a column takes up to {limits.labels}"
-                errors.append(FieldError(f"{pointer}/{_escaped(name)}", detail))
+                errors.append(FieldError(f"{pointer}/{escaped(name)}", detail))
             elif size >= limits.string and (j := _too_long_at(value, limits.string)) is not None:
-                errors.append(_too_long(f"{pointer}/{_escaped(name)}/{j}", value[j], limits))
+                errors.append(_too_long(f"{pointer}/{escaped(name)}/{j}", value[j], limits))
     return errors
 
 
@@ -303,9 +318,8 @@ def _too_long(pointer: str, value: str, limits: Limits) -> FieldError:
     return FieldError(pointer, f"has {len(value)} characters; a string takes up to {limits.string}")
 
 
-def _embedding(value: Any, errors: list[FieldError]) -> npt.NDArray[np.float32] | None:
+def read_vector(value: Any, pointer: str, errors: list[FieldError]) -> npt.NDArray[np.float32] | None:
     """A vector as numbers, or as the base64 that /v1/embeddings gives. Its size is the model's to judge."""
-    pointer = "/embedding"
     if isinstance(value, str):
         try:
             packed = b64decode(value, validate=True)
@@ -317,14 +331,14 @@ def _embedding(value: Any, errors: list[FieldError]) -> npt.NDArray[np.float32] 
             return None
         return _unit(np.frombuffer(packed, "<f4").astype(np.float64), pointer, errors)
     if not isinstance(value, list):
-        errors.append(_expected(pointer, "a list of numbers, or their float32 as base64", value))
+        errors.append(expected(pointer, "a list of numbers, or their float32 as base64", value))
         return None
     if len(value) > MAX_DIM:
         errors.append(FieldError(pointer, f"has {len(value)} numbers; no model has more than {MAX_DIM}"))
         return None
     wrong = [(i, x) for i, x in enumerate(value) if type(x) is not float and type(x) is not int]
     if wrong:
-        errors += [_expected(f"{pointer}/{i}", "a number", x) for i, x in wrong[:MAX_ERRORS]]
+        errors += [expected(f"{pointer}/{i}", "a number", x) for i, x in wrong[:MAX_ERRORS]]
         return None
     return _unit(np.array(value, np.float64), pointer, errors)
 
@@ -342,21 +356,8 @@ def _unit(vector: npt.NDArray[np.float64], pointer: str, errors: list[FieldError
     return None
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return type(value) is int  # a bool is an int to Python, not to JSON
-
-
-def _expected(pointer: str, expected: str, value: Any) -> FieldError:
-    if value is None:
-        return FieldError(pointer, f"expected {expected}, got null")
-    shown = repr(value) if isinstance(value, str | int | float) else ""
-    shown = f" {shown}" if shown and len(shown) <= 60 else ""
-    return FieldError(pointer, f"expected {expected}, got {type_names[type(value)]}{shown}")
-
-
-def _escaped(name: str) -> str:
-    """A name as a part of a JSON pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def moved(errors: Iterable[FieldError], prefix: str, pointer: str) -> list[FieldError]:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
-from service.requests import DEFAULT_K
+from service.queries import DEFAULT_K, NEGATIVE_SHARE
+from service.requests import DEFAULT_TOP
 
 ModelRef = Annotated[
     str,
@@ -33,6 +34,27 @@ Columns = Annotated[
 ]
 
 
+Contributions = Annotated[
+    dict[str, float],
+    Field(
+        description="What each column of the query gave to the score, largest first: the score, minus the score of the "
+        "same query without that column. They do not add up to the score.",
+        examples=[{"genres": 0.31, "title": 0.12, "release_year": -0.02}],
+    ),
+]
+Vector = list[float] | str
+
+ARROW_EMBEDDINGS = (
+    "Sent: one row an item, its columns named as in the schema, and `id` if there is to be one in the answer. "
+    "Answered: `id`, `embedding` (fixed-size list of float32) and `columns` (map: column -> status); the schema's "
+    "metadata holds `model`, `fingerprint` and `degraded`. The header Accept chooses the form of the answer."
+)
+ARROW_ITEMS = (
+    "Sent: one row an item, with `id` (text). Answered: `id`, `status`, `columns` (map) and `errors` (list of "
+    "`pointer` and `detail`; null where the item was taken); the schema's metadata holds `model` and `fingerprint`."
+)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -50,12 +72,26 @@ class _OfVersion(_Answer):
 
 
 class EmbeddingsRequest(_Request):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"input": [{"title": "A new film", "genres": ["Sci-Fi", "Action"], "release_year": 1999}]},
+                {"input": [{"title": "A new film"}], "encoding_format": "base64", "dimensions": 4},
+            ]
+        }
+    )
+
     input: list[Item] = Field(min_length=1)
     model: ModelRef | None = Field(None, description="The default model if left out")
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="`base64`: the float32 numbers, little endian. Smaller and faster than text."
     )
-    dimensions: int | None = Field(None, ge=1, description="Must be what the model has")
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        description="The first so many numbers, brought to length 1. Good where the model was trained for that size "
+        "(`dimensions` of /v1/models), a rough cut elsewhere.",
+    )
     user: str | None = Field(None, description="Taken for the sake of OpenAI's clients, and not used")
 
 
@@ -81,6 +117,10 @@ class Embeddings(_OfVersion):
 class ItemRequest(RootModel[Item]):
     """The columns of one item."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"title": "The Matrix", "genres": ["Action", "Sci-Fi"], "release_year": 1999}]}
+    )
+
 
 class UpsertedItem(_OfVersion):
     id: ItemId
@@ -95,11 +135,21 @@ class BulkItem(BaseModel):
 
 
 class BulkRequest(_Request):
-    items: list[BulkItem] = Field(
-        min_length=1,
-        description="Items with their ids",
-        examples=[[{"id": "tt0133093", "title": "The Matrix", "genres": ["Action", "Sci-Fi"], "release_year": 1999}]],
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "items": [
+                        {"id": "tt0133093", "title": "The Matrix", "genres": ["Action", "Sci-Fi"]},
+                        {"id": "tt0234215", "title": "The Matrix Reloaded", "release_year": 2003},
+                    ],
+                    "model": "movies",
+                }
+            ]
+        }
     )
+
+    items: list[BulkItem] = Field(min_length=1, description="Items with their ids")
     model: ModelRef | None = Field(None, description="A model's name; its champion decides what is refused")
 
 
@@ -118,6 +168,7 @@ class Problem(BaseModel):
     request_id: str
     instance: str | None = None
     errors: list[FieldProblem] | None = Field(None, description="The values that are wrong, at most 100 of them")
+    message: str | None = Field(None, description="`detail` once more, where OpenAI's clients look for it")
 
 
 class BulkEntry(_Answer):
@@ -140,38 +191,141 @@ class StoredItem(_OfVersion):
     embedding: list[float] | None = Field(description="Its vector; null if this version does not have it")
 
 
-class SimilarRequest(_Request):
-    """Exactly one of `id`, `item` and `embedding`."""
+class SimilarQuery(_Request):
+    """Exactly one of `id`, `item`, `embedding` and `positive`."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [{"required": ["id"]}, {"required": ["item"]}, {"required": ["embedding"]}],
-            "examples": [
-                {"id": "tt0133093", "k": 10, "exclude": ["tt0234215"]},
-                {"item": {"title": "A new film", "genres": ["Sci-Fi", "Action"], "release_year": 1999}, "k": 5},
-            ],
+            "oneOf": [{"required": [name]} for name in ("id", "item", "embedding", "positive")],
         }
     )
 
     id: ItemId | None = Field(None, description="A stored item; it is not among its own neighbors")
     item: Item | None = None
-    embedding: list[float] | str | None = Field(
+    embedding: Vector | None = Field(
         None,
         description="A vector of this very version, as numbers or as base64 of float32; its length does not matter",
     )
+    positive: list[ItemId | Item | list[float]] | None = Field(
+        None, min_length=1, description="Examples to be near to: ids, items, or vectors as numbers"
+    )
+    negative: list[ItemId | Item | list[float]] = Field(
+        [],
+        description=f"Examples to be far from. The query is mean(positive) - {NEGATIVE_SHARE} * mean(negative).",
+    )
     k: int = Field(DEFAULT_K, ge=1, description="How many neighbors; fewer if the store has fewer")
     exclude: list[ItemId] = Field([], description="Items to leave out; the answer still has k")
+    filter: dict[str, Any] | None = Field(
+        None,
+        description="Only items that fulfil it: `eq`, `in`, `range` and `exists` over columns that the schema marks "
+        "`filterable`, within `and`, `or` and `not`. Of a set, any label will do; an item that misses the column "
+        "fulfils only a `not`.",
+    )
+    override: Item | None = Field(None, description="The same item but for these columns; null takes a column away")
+    ignore: list[str] = Field([], description="Columns of the item that shall not count")
+    explain: bool = Field(False, description="Adds `contributions` to each neighbor; one encoding for each column")
+
+
+class SimilarRequest(SimilarQuery):
+    """One query, or many under `queries`, which then stands alone beside `model`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [name]} for name in ("id", "item", "embedding", "positive", "queries")],
+            "examples": [
+                {"id": "tt0133093", "k": 10, "exclude": ["tt0234215"]},
+                {"item": {"title": "A new film", "genres": ["Sci-Fi", "Action"], "release_year": 1999}, "k": 5},
+                {"positive": ["tt0133093", "tt0234215"], "negative": [{"genres": ["Horror"]}]},
+                {"id": "tt0133093", "override": {"genres": ["Comedy"]}, "ignore": ["title"], "explain": True, "k": 3},
+                {
+                    "id": "tt0133093",
+                    "filter": {
+                        "and": [
+                            {"in": {"genres": ["Drama", "Sci-Fi"]}},
+                            {"range": {"release_year": {"gte": 1990, "lt": 2000}}},
+                            {"not": {"eq": {"genres": "Horror"}}},
+                        ]
+                    },
+                },
+                {"queries": [{"id": "tt0133093"}, {"item": {"title": "A new film"}, "k": 3}], "model": "movies"},
+            ],
+        }
+    )
+
+    queries: list[SimilarQuery] | None = Field(None, min_length=1, description="Each is answered by itself, in order")
     model: ModelRef | None = None
 
 
 class Neighbor(_Answer):
     id: ItemId
     score: float = Field(ge=-1, le=1, description="Cosine of the two vectors: 1 is the same direction")
+    contributions: Contributions | None = None
 
 
-class Similar(_OfVersion):
+class ExampleColumns(_Answer):
+    pointer: str = Field(examples=["/negative/0"])
+    columns: Columns
+
+
+class _Neighbors(_Answer):
     neighbors: list[Neighbor] = Field(description="Best first")
-    columns: Columns | None = Field(None, description="Of the item in the request")
+    columns: Columns | None = Field(None, description="Of the item that was encoded for the query")
+    examples: list[ExampleColumns] | None = Field(
+        None, description="Of several examples, the items whose columns were not plain"
+    )
+
+
+class Similar(_Neighbors, _OfVersion):
+    pass
+
+
+class RefusedQuery(_Answer):
+    problem: Problem
+
+
+class ManySimilar(_OfVersion):
+    results: list[_Neighbors | RefusedQuery] = Field(description="One a query, in the order they came")
+
+
+class DecodeRequest(_Request):
+    """Either `embedding` or `embeddings`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["embedding"]}, {"required": ["embeddings"]}],
+            "examples": [{"embedding": [0.31, -0.22, 0.14, 0.58, -0.41, 0.09, 0.52, -0.25], "top": 3}],
+        }
+    )
+
+    embedding: Vector | None = Field(None, description="A vector of this very version, as numbers or base64")
+    embeddings: list[Vector] | None = Field(None, min_length=1)
+    top: int = Field(DEFAULT_TOP, ge=1, description="Candidates of a column")
+    model: ModelRef | None = None
+
+
+class Candidate(_Answer):
+    value: str | int | bool
+    probability: float = Field(ge=0, le=1)
+
+
+class DecodedColumn(_Answer):
+    value: Any = Field(
+        description="The most likely: a label, the labels of a set whose probability is at least .5, a number in its "
+        "own unit, a time as ISO 8601 text, or a list of numbers"
+    )
+    missing: float = Field(ge=0, le=1, description="Probability that the item has no value here")
+    candidates: list[Candidate] | None = Field(
+        None, description="Of labels, the most likely ones, best first, given that there is a value"
+    )
+
+
+class DecodedItem(_Answer):
+    index: int
+    columns: dict[str, DecodedColumn] = Field(description="All but text, of which only hashes are known")
+
+
+class Decoded(_OfVersion):
+    data: list[DecodedItem]
 
 
 class ServedModel(_Answer):
@@ -181,9 +335,17 @@ class ServedModel(_Answer):
     owned_by: Literal["itemvec"]
     model: str | None = Field(description="The version that is served")
     fingerprint: str | None
+    dimensions: list[int] | None = Field(
+        description="Sizes of its embeddings: the prefixes that it was trained to have, and the whole"
+    )
+    filterable: list[str] | None = Field(description="Columns that a filter may name")
     versions: list[int]
     aliases: dict[str, int]
     items: int | None = Field(description="Stored items; null while the store does not answer")
+    index: Literal["flat", "hnsw", "exact"] | None = Field(
+        description="How neighbors are found: all vectors compared in Redis (flat), by a graph (hnsw), or compared in "
+        "the service (exact, where Redis has no query engine)"
+    )
 
 
 class Models(_Answer):
@@ -203,7 +365,15 @@ class ModelDetail(ServedModel):
 
 
 class AliasRequest(_Request):
-    version: int = Field(ge=1, description="The version to serve; the previous one for a rollback", examples=[4])
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}]})
+
+    version: int = Field(ge=1, description="The version to serve; the previous one for a rollback")
+
+
+class BackfillRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}]})
+
+    version: int = Field(ge=1, description="The version whose index is to be made")
 
 
 class Progress(_Answer):
@@ -217,9 +387,9 @@ class Refusal(FieldProblem):
 
 class Job(_Answer):
     id: str
-    kind: Literal["promotion"]
+    kind: Literal["promotion", "backfill", "reindex"]
     model: str = Field(examples=["movies@4"])
-    cause: Literal["request", "registry"]
+    cause: Literal["request", "registry", "size"]
     state: Literal["running", "succeeded", "failed"]
     stage: str
     progress: Progress = Field(description="Stored items that were encoded with the new version")

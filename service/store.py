@@ -1,58 +1,50 @@
-"""Keeps items and their vectors in Redis, and finds neighbors; the only module that knows a key.
+"""Store: items and their vectors in Redis, and the neighbors of a vector. `service/keys.py` shows what lies where.
 
-    iv:item:{name.bNN}:<id>              hash  raw (the item as JSON), rev (new at every write)
-    iv:vec:<name>:<fp>:{name.bNN}:<id>   hash  v (float32, little endian); indexed by
-    iv:idx:<name>:<fp>                   index over the prefix iv:vec:<name>:<fp>:
-    iv:live:{name}                       hash  fingerprint -> version; every write must reach each of them
-    iv:count:{name.bNN}                  items in the bucket
-    iv:ready:{name}                      set   fingerprints whose index has every item
-    iv:switch:{name}                     who switches the model's version now; expires
-    iv:job:<id>                          a job's record; expires
-
-NN = crc32(id) % 64. The braces are the hash tag of Redis Cluster: an item, its vectors and its counter share
-a slot, so one script changes them together or not at all.
-
-How no write is lost while a new version takes over: the version is marked live first and the items are
-scanned after that. A write reads the live fingerprints *after* it has stored the item. If it does not see the
-new one, then the scan began later and sees the item; if it sees it, the writer adds that vector before it
-acknowledges. Vectors that come late are stored only while the item still has the `rev` they were made from.
+How no write is lost while a new version takes over: the version is marked live first and the items are scanned after
+that. A write reads the live fingerprints *after* it has stored the item. If it does not see the new one, then the scan
+began later and sees the item; if it sees it, the writer adds that vector before it acknowledges. Vectors that come late
+are stored only while the item still has the `rev` they were made from.
 """
 
 import asyncio
-import random
-import re
 import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self, TypeVar
-from urllib.parse import urlsplit
-from zlib import crc32
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from redis import exceptions as errors
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
 
 from itemvec.errors import ConfigError, ItemNotFound, ItemvecError, StoreUnavailable
-
-T = TypeVar("T")
-Vectors = NDArray[np.float32]
-Algorithm = Literal["flat", "hnsw"]
-
-BUCKETS = 64
-MAX_ID_BYTES = 512
-
-FLAT_UP_TO = 50_000
-"""Items up to which an exact scan is fast enough; above it the index is an HNSW graph."""
+from itemvec.schema import FeatureSchema
+from service import scripts
+from service.attributes import Kind
+from service.conditions import Condition, Test, resolve
+from service.exact import ExactIndex
+from service.index import (
+    Index,
+    Mode,
+    Neighbor,
+    NoIndex,
+    ServerInfo,
+    Vectors,
+    WantedMode,
+    check_fingerprint,
+    checked_rows,
+    choose_mode,
+    create_command,
+    read_neighbors,
+    says_no_index,
+    search_command,
+)
+from service.keys import BUCKETS, Space, bucket_of, by_bucket, chunks, encode_ids, same_slot
+from service.leases import Leases
+from service.link import Command, Link
 
 HOT_ITEMS = 64
 """Writes and reads of more items than this take the bulk client, so that they cannot hold up a search."""
-
-CHUNK = 512  # items a round trip in bulk: beyond it nothing gets faster, and other clients wait longer
 
 
 class Item(NamedTuple):
@@ -61,9 +53,18 @@ class Item(NamedTuple):
     rev: bytes
 
 
-class Neighbor(NamedTuple):
-    id: str
-    score: float
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What one version made of some items."""
+
+    vectors: NDArray[np.floating[Any]]
+    """(len(rows), dim)"""
+
+    rows: Sequence[int] | None = None
+    """Which of the items have a vector; None: all. The others get none, and lose the one they had."""
+
+    attributes: Sequence[Mapping[str, str]] | None = None
+    """Parallel to `vectors`: what queries can filter by, as `attributes.fields` gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +78,30 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Query:
+    vector: NDArray[np.floating[Any]]
+    """(dim,)"""
+
+    k: int
+    exclude: Collection[str] = ()
+    where: Condition | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class IndexStatus:
-    algorithm: Algorithm
+    mode: Mode
     dim: int
     docs: int
     percent_indexed: float
     """0 to 1. Below 1 a search answers with partial rows and no error: do not switch to it yet."""
+
     failures: int
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    version: str
-    query_engine: str | None
-    """Version of the query engine, None where it is not loaded."""
-    run_id: str
-    """New at every start of the server."""
-    evicts: bool
-    """Redis may drop our keys when its memory is full."""
+    fields: dict[str, Kind] = field(default_factory=dict)
+    """What queries can filter by."""
 
 
 class Store:
-    """Items and vectors of every model in one Redis.
+    """Items and vectors of every model in one Redis, or one Redis Cluster.
 
     Use it inside one event loop. Connections are opened by the first call, so it can be made while Redis is down.
     When Redis does not answer, a call raises `StoreUnavailable` within `timeout`, and after some failures in a row at
@@ -112,17 +115,23 @@ class Store:
         timeout: float | None = None,
         bulk_timeout: float = 10.0,
         max_connections: int = 16,
+        index: WantedMode = "auto",
+        changed: Callable[[bool], None] | None = None,
     ) -> None:
-        """`url`: unix://PATH, redis:// or rediss://.
+        """`url`: unix://PATH, redis:// or rediss://, of a server or of any node of a cluster.
 
-        `timeout` in seconds for one call, 0.15 by default; `bulk_timeout` for one that moves many items or builds
-        an index.
+        `timeout` in seconds for one call, 0.12 by default; `bulk_timeout` for one that moves many items or builds
+        an index. `index`: the mode of new indexes. `changed` is told when the store becomes unavailable (True) and when
+        it is back.
         """
-        timeout = 0.15 if timeout is None else timeout
-        self.address = _without_secrets(url)
-        self._hot = _Link(url, timeout=timeout, connections=max_connections)
-        self._bulk = _Link(url, timeout=bulk_timeout, connections=4)
-        self._indexes: dict[tuple[str, str], _Index] = {}
+        timeout = 0.12 if timeout is None else timeout
+        self._hot = Link(url, timeout=timeout, connections=max_connections, changed=changed)
+        self._bulk = Link(url, timeout=bulk_timeout, connections=4)
+        self.address = self._hot.address
+        self.leases = Leases(self._hot)
+        self._wanted = index
+        self._indexes: dict[tuple[str, str], Index] = {}
+        self._exact: dict[tuple[str, str], ExactIndex] = {}
         self._last_live: dict[str, frozenset[str]] = {}
 
     async def __aenter__(self) -> Self:
@@ -132,6 +141,8 @@ class Store:
         await self.close()
 
     async def close(self) -> None:
+        for index in self._exact.values():
+            index.close()
         await self._hot.close()
         await self._bulk.close()
 
@@ -144,23 +155,44 @@ class Store:
 
     async def ping(self) -> None:
         """Returns if Redis answers; raises `StoreUnavailable` if not."""
-        await self._hot.command("PING")
+        await self._hot.each_node("PING")
 
     async def server_info(self) -> ServerInfo:
-        info = await self._bulk.command("INFO", "everything")
-        modules = await self._bulk.command("MODULE", "LIST")
+        infos = await self._bulk.each_node("INFO", "everything")
         engine = None
-        for module in modules:
-            if module[b"name"] == b"search":
-                # 21005 -> 2.10.5, 80201 -> 8.2.1
-                number = int(module[b"ver"])
-                engine = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+        for modules in await self._bulk.each_node("MODULE", "LIST"):
+            for module in modules:
+                if module[b"name"] == b"search":
+                    # 21005 -> 2.10.5, 80201 -> 8.2.1
+                    number = int(module[b"ver"])
+                    engine = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
         return ServerInfo(
-            version=str(info["redis_version"]),
+            version=str(infos[0]["redis_version"]),
             query_engine=engine,
-            run_id=str(info["run_id"]),
-            evicts=bool(info.get("maxmemory")) and str(info.get("maxmemory_policy")).startswith("allkeys"),
+            run_id=" ".join(sorted(str(info["run_id"]) for info in infos)),
+            evicts=any(
+                info.get("maxmemory") and str(info.get("maxmemory_policy")).startswith("allkeys") for info in infos
+            ),
+            cluster=await self._bulk.is_cluster(),
         )
+
+    # What the encoder made of items, for `service/cache.py`
+
+    async def read_cache(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Parallel to `keys`, which have the hash tags of `keys.cache_key`."""
+        values: list[bytes | None] = [None] * len(keys)
+        groups: dict[str, list[int]] = {}
+        clustered = await self._hot.is_cluster()
+        for i, key in enumerate(keys):
+            groups.setdefault(key[: key.index("}")] if clustered else "", []).append(i)
+        replies = await self._hot.pipeline([("MGET", *(keys[i] for i in some)) for some in groups.values()])
+        for some, found in zip(groups.values(), replies, strict=True):
+            for i, value in zip(some, found, strict=True):
+                values[i] = value
+        return values
+
+    async def write_cache(self, entries: Mapping[str, bytes], seconds: float) -> None:
+        await self._hot.pipeline([("SET", key, value, "PX", int(seconds * 1000)) for key, value in entries.items()])
 
     # Indexes and versions
 
@@ -170,123 +202,132 @@ class Store:
         fp: str,
         dim: int,
         items_hint: int = 0,
-        algorithm: Literal["auto", "flat", "hnsw"] = "auto",
+        mode: WantedMode | None = None,
+        fields: Mapping[str, Kind] | None = None,
     ) -> bool:
         """Makes the index of one version if it is not there; True if this call made it.
 
         Call it before anything of that version is loaded: an index made over existing vectors answers partly
-        until it has read them all. `items_hint`: how many items are expected, for "auto". Raises
-        `ConfigError` where Redis has no query engine or would evict items, and when the index exists with
-        another number of dimensions.
+        until it has read them all. `items_hint`: how many items are expected, for "auto". `fields`: what queries can
+        filter by. Raises `ConfigError` where Redis would evict items or cannot do the mode, and when the index exists
+        with another number of dimensions. One that exists keeps its mode and fields: `reindex` changes them.
         """
-        space = _Space(name)
-        try:
-            found = await self._read_index(self._bulk, name, fp)
-        except _NoIndex:
-            pass
-        else:
+        check_fingerprint(fp)
+        space = Space(name)
+        server = await self.server_info()
+        if (record := await self._bulk.command("HGET", space.indexes, fp)) is not None:
+            found = Index.from_bytes(record)
             if found.dim != dim:
                 raise ConfigError(
-                    f"index {space.index(fp)} in Redis has {found.dim} dimensions, this version {dim}: "
+                    f"index {space.index(fp, found.number)} in Redis has {found.dim} dimensions, this version {dim}: "
                     "drop that version"
                 )
-            return False
-
-        server = await self.server_info()
-        if server.query_engine is None:
-            raise ConfigError(_NO_ENGINE.format(address=self.address))
-        if server.evicts:
-            raise ConfigError(
-                f"Redis at {self.address} evicts keys when its memory is full, and items would vanish from "
-                "the results: set its maxmemory-policy to noeviction"
-            )
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", fp):
-            raise ValueError(f"{fp!r} cannot be a fingerprint")
-        if algorithm == "auto":
-            algorithm = "flat" if items_hint < FLAT_UP_TO else "hnsw"
+            if found.mode == "exact" or (server.query_engine is not None and await self._exists(name, fp, found)):
+                self._indexes[name, fp] = found
+                return False
+            await self._bulk.command("HDEL", space.indexes, fp)
+        chosen = choose_mode(mode or self._wanted, items_hint, server, self.address)
+        index = Index(chosen, dim, dict(fields or {}), logged=chosen == "exact")
         await self._bulk.command("SREM", space.ready, fp)
         await self._remove_orphans(name, fp)
-        settings: list[object] = ["TYPE", "FLOAT32", "DIM", dim, "DISTANCE_METRIC", "COSINE"]
-        if algorithm == "hnsw":
-            settings += ["M", 16, "EF_CONSTRUCTION", 200]
-        create: list[object] = ["FT.CREATE", space.index(fp), "ON", "HASH", "PREFIX", 1, space.vectors(fp)]
-        create += ["SCHEMA", "v", "VECTOR", algorithm.upper(), len(settings), *settings]
-        try:
-            await self._bulk.command(*create)
-        except errors.ResponseError as error:
-            if "already exists" not in str(error):
-                raise
-            return await self.ensure_index(name, fp, dim, items_hint, algorithm)  # another replica was faster
+        won = bool(await self._bulk.command("HSETNX", space.indexes, fp, index.to_bytes()))
+        if won and index.mode == "exact":
+            await self._bulk.command("HSET", space.ticks, f"{fp}:made", secrets.token_hex(8))
+        elif index.mode != "exact":
+            won = await self._create(name, fp, index)
+        self._indexes.pop((name, fp), None)
+        return won
+
+    async def reindex(
+        self, name: str, fp: str, mode: WantedMode | None = None, fields: Mapping[str, Kind] | None = None
+    ) -> bool:
+        """Gives a filled index another mode or more fields, while the old one is searched; True if it did.
+
+        It takes as long as the query engine needs to read all vectors. With `mode` "auto" or None it does something
+        where the number of items has crossed the bound, or the server can do less than before.
+        """
+        space = Space(name)
+        old, new = await self._reshaped(name, fp, mode, fields)
+        if new is None:
+            return False
+        if new.mode == "exact":
+            if old.mode != "exact":
+                await self._save_index(name, fp, replace(old, logged=True))  # from here on writes are noted
+                await self._log_all(name, fp)
+                # Last: a replica that still takes this index for the exact one of long ago would read half of the log.
+                await self._bulk.command("HSET", space.ticks, f"{fp}:made", secrets.token_hex(8))
+        else:
+            await self._drop_index(name, fp, new)  # of a try that was cut short
+            await self._create(name, fp, new)
+            await self._wait_until_filled(name, fp, new)
+        await self._save_index(name, fp, new)
+        if old.mode == "exact" != new.mode:
+            await self._bulk.command("HDEL", space.ticks, f"{fp}:made")  # so a replica that has not heard of it asks
+            await self._unlink(*space.every_log(fp))
+        elif old.mode != "exact":
+            await self._drop_index(name, fp, old)
         return True
+
+    async def reindex_wanted(self, name: str, fp: str) -> bool:
+        """Would `reindex` do something?"""
+        return (await self._reshaped(name, fp, None, None))[1] is not None
 
     async def index_status(self, name: str, fp: str) -> IndexStatus:
         """Raises `StoreUnavailable` if there is no such index."""
-        info = await self._index_info(self._bulk, name, fp)
-        index = _index_of(info)
+        space, index = Space(name), await self._read_index(self._bulk, name, fp)
+        if index.mode == "exact":
+            logs = [("ZCARD", space.log(fp, bucket)) for bucket in range(BUCKETS)]
+            return IndexStatus("exact", index.dim, sum(await self._bulk.pipeline(logs)), 1.0, 0, index.fields)
+        info = await self._index_info(name, fp, index)
         return IndexStatus(
-            algorithm=index.algorithm,
+            mode=index.mode,
             dim=index.dim,
             docs=int(info[b"num_docs"]),
             percent_indexed=float(info[b"percent_indexed"]),
             failures=int(info[b"hash_indexing_failures"]),
+            fields=index.fields,
         )
 
     async def mark_live(self, name: str, fp: str, ref: str) -> None:
         """From now on every write must reach this fingerprint; `ref` is its version, "movies@3"."""
-        await self._hot.command("HSET", _Space(name).live, fp, ref)
+        await self._hot.command("HSET", Space(name).live, fp, ref)
 
     async def unmark_live(self, name: str, fp: str) -> None:
         """Also takes back that it is ready."""
-        space = _Space(name)
-        await self._hot.command("EVAL", _UNMARK, 2, space.live, space.ready, fp)
+        space = Space(name)
+        await self._hot.command("EVAL", scripts.UNMARK, 2, space.live, space.ready, fp)
 
     async def live(self, name: str) -> dict[str, str]:
         """Fingerprint -> version of all that are live."""
-        return self._note_live(name, await self._hot.command("HGETALL", _Space(name).live))
+        return self._note_live(name, await self._hot.command("HGETALL", Space(name).live))
 
     async def mark_ready(self, name: str, fp: str) -> None:
         """Every item has its vector in the index of this live fingerprint: searches may use it."""
-        await self._hot.command("SADD", _Space(name).ready, fp)
+        await self._hot.command("SADD", Space(name).ready, fp)
 
     async def ready(self, name: str) -> set[str]:
-        """The fingerprints that are live and ready."""
-        space = _Space(name)
-        live, ready = await self._hot.pipeline([("HGETALL", space.live), ("SMEMBERS", space.ready)])
-        return self._note_live(name, live).keys() & {fp.decode() for fp in ready}
+        """The fingerprints that are live and ready. Begins to read the vectors of those whose index is exact."""
+        space = Space(name)
+        live, ready, indexes = await self._hot.pipeline(
+            [("HGETALL", space.live), ("SMEMBERS", space.ready), ("HGETALL", space.indexes)]
+        )
+        known = self._note_live(name, live).keys()
+        for fp, record in indexes.items():
+            index = Index.from_bytes(record)
+            if index.mode == "exact" and fp.decode() in known:
+                self._exact_index(name, fp.decode(), index).follow()
+        return known & {fp.decode() for fp in ready}
 
     async def drop_version(self, name: str, fp: str) -> None:
         """Removes the index, then the vectors of one version; unmark it first. May be done twice."""
-        space = _Space(name)
-        self._indexes.pop((name, fp), None)
-        try:  # never DD: it blocks the server 173 ms per 100,000 vectors
-            await self._bulk.command("FT.DROPINDEX", space.index(fp))
-        except errors.ResponseError as error:
-            if not _says_no_index(error):
-                raise
-        async for keys in self._scan(space.vectors(fp) + "*"):
-            await self._bulk.pipeline([("UNLINK", *same) for same in _same_slot(keys)])
-
-    # Who switches versions, and how far it is
-
-    async def claim(self, name: str, holder: str, ttl: float) -> str:
-        """Takes or renews the right to switch the model's version, for `ttl` seconds; returns who has it."""
-        reply = await self._hot.command("EVAL", _CLAIM, 1, _Space(name).switch, holder, int(ttl * 1000))
-        return str(reply, "utf-8")
-
-    async def renew(self, name: str, holder: str, ttl: float) -> bool:
-        """Keeps that right for another `ttl` seconds. False if it ran out meanwhile: another one may have had it."""
-        return bool(await self._hot.command("EVAL", _RENEW, 1, _Space(name).switch, holder, int(ttl * 1000)))
-
-    async def release(self, name: str, holder: str) -> None:
-        """Gives that right back; does nothing if another one has it."""
-        await self._hot.command("EVAL", _RELEASE, 1, _Space(name).switch, holder)
-
-    async def save_job(self, job_id: str, record: bytes, ttl: float) -> None:
-        await self._hot.command("SET", f"iv:job:{job_id}", record, "PX", int(ttl * 1000))
-
-    async def job(self, job_id: str) -> bytes | None:
-        record: bytes | None = await self._hot.command("GET", f"iv:job:{job_id}")
-        return record
+        space = Space(name)
+        self._forget(name, fp)
+        if (record := await self._bulk.command("HGET", space.indexes, fp)) is not None:
+            index = Index.from_bytes(record)
+            await self._drop_index(name, fp, index)
+            await self._drop_index(name, fp, replace(index, number=index.number + 1))  # a reindex was cut short
+        await self._bulk.pipeline([("HDEL", space.indexes, fp), ("HDEL", space.ticks, fp, f"{fp}:made")])
+        await self._unlink(f"{space.vectors(fp)}*", *space.every_log(fp))
 
     # Items
 
@@ -295,45 +336,46 @@ class Store:
         name: str,
         ids: Sequence[str],
         raws: Sequence[bytes],
-        vectors: Mapping[str, NDArray[np.floating[Any]]],
+        vectors: Mapping[str, Encoded | NDArray[np.floating[Any]]],
     ) -> Written:
-        """Creates or replaces items with their vectors, `vectors[fingerprint]` of shape (len(ids), dim).
+        """Creates or replaces items with their vectors, `vectors[fingerprint]`; a bare array is one vector an item.
 
         An item and its vectors change together. Many items are not one transaction: after an error some may
         be stored, and the same put can be sent again. Of an id that comes twice the last one stays. Raises
         `ValueError` for an id, a vector or a number of them that cannot be stored, before anything is
         written.
         """
-        space, keys = _Space(name), _encode_ids(ids)
+        space, keys = Space(name), encode_ids(ids)
         if len(raws) != len(ids):
             raise ValueError(f"{len(ids)} ids but {len(raws)} items")
         if not ids:
             return Written([], [], await self.live(name))
-        rows = {fp: await self._checked(name, fp, matrix, len(ids)) for fp, matrix in vectors.items()}
+        indexes = {fp: await self._index(name, fp) for fp in vectors}
+        rows = [_rows(f"{name} {fp}", encoded, len(ids), indexes[fp].dim) for fp, encoded in vectors.items()]
         token = secrets.token_hex(8)  # never given twice, also not to an item that was deleted in between
         revs = [f"{token}.{position}".encode() for position in range(len(ids))]
-
-        def command(bucket: int, positions: Sequence[int]) -> tuple[object, ...]:
-            item, vecs = space.item_prefix(bucket), [space.vector_prefix(fp, bucket) for fp in rows]
-            names: list[bytes] = [space.count(bucket)]
-            values: list[object] = [len(rows)]
-            for i in positions:
-                names.append(item + keys[i])
-                names += [prefix + keys[i] for prefix in vecs]
-                values += (raws[i], revs[i])
-                values += [vector[i] for vector in rows.values()]
-            return ("EVAL", _PUT, len(names), *names, *values)
 
         created = [False] * len(ids)
         link = self._link_for(len(ids) * max(1, len(rows)))
         live: Mapping[bytes, bytes] = {}
-        for chunk in _chunks(len(ids)):
-            groups = _by_bucket(keys, chunk)
-            commands = [command(bucket, positions) for bucket, positions in groups.items()]
-            *replies, live = await link.pipeline([*commands, ("HGETALL", space.live)])
-            for positions, flags in zip(groups.values(), replies, strict=True):
+        now: Mapping[bytes, bytes] = {}
+        then: list[Command] = [("HGETALL", space.live), ("HGETALL", space.indexes)]
+        if logged := [fp for fp, index in indexes.items() if index.logged]:
+            then.insert(0, ("EVAL", scripts.TICK, 1, space.ticks, *logged))
+        for chunk in chunks(len(ids)):
+            groups = by_bucket(keys, chunk)
+            commands = []
+            for bucket, positions in groups.items():
+                items = [(keys[i], raws[i], revs[i], [row[i] for row in rows]) for i in positions]
+                commands.append(_put_command(space, bucket, indexes, items))
+            *replies, live, now = await link.pipeline(commands, then)
+            for positions, flags in zip(groups.values(), replies, strict=False):
                 for i, flag in zip(positions, flags, strict=True):
                     created[i] = bool(flag)
+        for fp, index in indexes.items():
+            if not index.logged and (record := now.get(fp.encode())) and Index.from_bytes(record).logged:
+                self._forget(name, fp)  # it is about to become exact, and these changes were not noted
+                await self.add_vectors(name, fp, ids, revs, vectors[fp])
         return Written(created, revs, self._note_live(name, live))
 
     async def add_vectors(
@@ -342,26 +384,31 @@ class Store:
         fp: str,
         ids: Sequence[str],
         revs: Sequence[bytes],
-        vectors: NDArray[np.floating[Any]],
+        vectors: Encoded | NDArray[np.floating[Any]],
     ) -> int:
-        """Adds vectors (len(ids), dim) of one version to items that still have that `rev`; says how many.
+        """Adds vectors of one version to items that still have that `rev`; says how many items had it.
 
         An item that was written or deleted since its `rev` was read is left as it is: that write brought its
         own vector.
         """
-        space, keys = _Space(name), _encode_ids(ids)
+        space, keys = Space(name), encode_ids(ids)
         if len(revs) != len(ids):
             raise ValueError(f"{len(ids)} ids but {len(revs)} revs")
-        rows = await self._checked(name, fp, vectors, len(ids))
+        index = await self._index(name, fp)
+        rows = _rows(f"{name} {fp}", vectors, len(ids), index.dim)
+        then: list[Command] = [("EVAL", scripts.TICK, 1, space.ticks, fp)] if index.logged else []
         link, written = self._link_for(len(ids)), 0
-        for chunk in _chunks(len(ids)):
-            commands = []
-            for bucket, positions in _by_bucket(keys, chunk).items():
+        for chunk in chunks(len(ids)):
+            commands: list[Command] = []
+            for bucket, positions in by_bucket(keys, chunk).items():
                 item, vec = space.item_prefix(bucket), space.vector_prefix(fp, bucket)
-                names = [prefix + keys[i] for i in positions for prefix in (item, vec)]
-                values = [value for i in positions for value in (revs[i], rows[i])]
-                commands.append(("EVAL", _ADD, len(names), *names, *values))
-            written += sum(await link.pipeline(commands))
+                names = [space.log(fp, bucket), space.gone(fp, bucket)]
+                names += [prefix + keys[i] for i in positions for prefix in (item, vec)]
+                values = [value for i in positions for value in (revs[i], *rows[i])]
+                head = ("EVAL", scripts.ADD, len(names), *names, "1" if index.logged else "0", len(item) + 1)
+                commands.append((*head, *values))
+            replies = await link.pipeline(commands, then)
+            written += sum(replies[: len(commands)])
         return written
 
     async def get(self, name: str, item_id: str) -> Item:
@@ -373,13 +420,13 @@ class Store:
 
     async def get_many(self, name: str, ids: Sequence[str]) -> list[Item | None]:
         """Parallel to `ids`; None where there is no such item."""
-        return await self._items(self._link_for(len(ids)), name, ids, _encode_ids(ids))
+        return await self._items(self._link_for(len(ids)), name, ids, encode_ids(ids))
 
     async def get_vectors(self, name: str, fp: str, ids: Sequence[str]) -> list[Vectors | None]:
         """The vectors (dim,) of one version, parallel to `ids`; None where there is none."""
-        space, found = _Space(name), list[Vectors | None]()
-        keys = [space.vector_prefix(fp, _bucket(key)) + key for key in _encode_ids(ids)]
-        for chunk in _chunks(len(ids)):
+        space, found = Space(name), list[Vectors | None]()
+        keys = [space.vector_prefix(fp, bucket_of(key)) + key for key in encode_ids(ids)]
+        for chunk in chunks(len(ids)):
             commands = [("HGET", keys[i], "v") for i in chunk]
             for value in await self._link_for(len(ids)).pipeline(commands):
                 found.append(None if value is None else np.frombuffer(value, "<f4"))
@@ -387,7 +434,7 @@ class Store:
 
     async def delete(self, name: str, ids: Sequence[str]) -> list[bool]:
         """Removes items with their vectors of all live versions; says of each id whether there was one."""
-        space, keys = _Space(name), _encode_ids(ids)
+        space, keys = Space(name), encode_ids(ids)
         if not ids:
             return []
         known = self._last_live.get(name)
@@ -395,25 +442,29 @@ class Store:
             known = frozenset(await self.live(name))
         link, existed = self._link_for(len(ids)), [False] * len(ids)
         live: Mapping[bytes, bytes] = {}
-        for chunk in _chunks(len(ids)):
-            groups, commands = _by_bucket(keys, chunk), []
+        then: list[Command] = [("EVAL", scripts.TICK, 1, space.ticks, *known), ("HGETALL", space.live)]
+        for chunk in chunks(len(ids)):
+            groups, commands = by_bucket(keys, chunk), list[Command]()
             for bucket, positions in groups.items():
-                prefixes = [space.item_prefix(bucket), *(space.vector_prefix(fp, bucket) for fp in known)]
-                names = [space.count(bucket), *(prefix + keys[i] for i in positions for prefix in prefixes)]
-                commands.append(("EVAL", _DELETE, len(names), *names, len(known)))
-            *replies, live = await link.pipeline([*commands, ("HGETALL", space.live)])
-            for positions, flags in zip(groups.values(), replies, strict=True):
+                prefixes = (space.item_prefix(bucket), *(space.vector_prefix(fp, bucket) for fp in known))
+                names = [space.count(bucket)]
+                for fp in known:
+                    names += (space.log(fp, bucket), space.gone(fp, bucket))
+                names += [prefix + keys[i] for i in positions for prefix in prefixes]
+                commands.append(("EVAL", scripts.DELETE, len(names), *names, len(known), len(prefixes[0]) + 1))
+            *replies, live = await link.pipeline(commands, then)
+            for positions, flags in zip(groups.values(), replies, strict=False):
                 for i, flag in zip(positions, flags, strict=True):
                     existed[i] = bool(flag)
         # A version that went live since `known` was read may have got a vector from its backfill just before
         # the item went; after this point it gets none, because the item's rev is gone.
         for fp in self._note_live(name, live).keys() - known:
-            for chunk in _chunks(len(ids)):
+            for chunk in chunks(len(ids)):
                 await self._remove_if_orphan(name, fp, [keys[i] for i in chunk])
         return existed
 
     async def count(self, name: str) -> int:
-        space = _Space(name)
+        space = Space(name)
         replies = await self._hot.pipeline([("GET", space.count(bucket)) for bucket in range(BUCKETS)])
         return sum(int(reply or 0) for reply in replies)
 
@@ -424,11 +475,11 @@ class Store:
         Raises `StoreUnavailable` at the end if Redis was restarted on the way, since items may have been
         missed: the scan must be made again.
         """
-        space = _Space(name)
+        space = Space(name)
         start = len(space.item_prefix(0))
         run_id = (await self.server_info()).run_id
         waiting: list[bytes] = []
-        async for keys in self._scan(space.every_item):
+        async for keys in self._bulk.scan(space.every_item):
             waiting += [key[start:] for key in keys]
             while len(waiting) >= batch:
                 yield await self._present(name, waiting[:batch])
@@ -441,78 +492,200 @@ class Store:
     # Neighbors
 
     async def search(
-        self, name: str, fp: str, vector: NDArray[np.floating[Any]], k: int, exclude: Collection[str] = ()
+        self,
+        name: str,
+        fp: str,
+        vector: NDArray[np.floating[Any]],
+        k: int,
+        exclude: Collection[str] = (),
+        where: Condition | None = None,
+        schema: FeatureSchema | None = None,
     ) -> list[Neighbor]:
         """The k items nearest to `vector` (dim,) by cosine, best first, equal scores in the order of their
         ids.
 
-        k results unless fewer items are left after `exclude`; an item whose score equals that of the last one
-        may be the one that is cut off. Exact below `FLAT_UP_TO` items, nearly so above.
+        k results unless fewer items are left after `exclude` and `where`; an item whose score equals that of the last
+        one may be the one that is cut off. Exact, except for "hnsw", which is nearly so.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        [query] = await self._checked(name, fp, np.asarray(vector)[np.newaxis], 1)
-        out = frozenset(exclude)
-        try:
-            reply = await self._knn(name, fp, query, k + len(out))
-        except errors.ResponseError:  # the index was dropped and made again in another form: read it once more
-            self._indexes.pop((name, fp), None)
-            reply = await self._knn(name, fp, query, k + len(out))
-        neighbors = _neighbors(reply, start=len(_Space(name).vector_prefix(fp, 0)))
-        return [neighbor for neighbor in neighbors if neighbor.id not in out][:k]
+        [neighbors] = await self.search_many(name, fp, [Query(vector, k, exclude, where)], schema)
+        return neighbors
 
-    async def _knn(self, name: str, fp: str, query: bytes, n: int) -> dict[bytes, Any]:
-        index = self._indexes.get((name, fp)) or await self._read_index(self._hot, name, fp)
-        params: list[object] = ["q", query, "n", n]
-        effort = ""
-        if index.algorithm == "hnsw":
-            effort, params = (
-                " EF_RUNTIME $ef",
-                [*params, "ef", max(100, n)],
-            )  # the server's default of 10: recall .88
-        command: list[object] = ["FT.SEARCH", _Space(name).index(fp), f"*=>[KNN $n @v $q{effort} AS d]"]
-        command += ["RETURN", 1, "d", "LIMIT", 0, n, "TIMEOUT", self._hot.milliseconds, "DIALECT", 2]
-        command += ["PARAMS", len(params), *params]
-        reply: dict[bytes, Any] = await self._hot.command(*command)
-        return reply
+    async def search_many(
+        self, name: str, fp: str, queries: Sequence[Query], schema: FeatureSchema | None = None
+    ) -> list[list[Neighbor]]:
+        """As `search`, in one round trip. `schema` is that of the version, needed where a query has a `where`.
+
+        Raises `ValueError` for a `where` that the schema does not allow.
+        """
+        tests = [None if query.where is None else _resolved(query.where, schema) for query in queries]
+        for query in queries:
+            if query.k < 1:
+                raise ValueError(f"k must be at least 1, not {query.k}")
+        try:
+            return await self._search(name, fp, queries, tests)
+        except (errors.ResponseError, NoIndex):  # the index may have been made again in another form: read it once more
+            if (name, fp) not in self._indexes:
+                raise
+            self._forget(name, fp)
+            return await self._search(name, fp, queries, tests)
+
+    async def _search(
+        self, name: str, fp: str, queries: Sequence[Query], tests: Sequence[Test | None]
+    ) -> list[list[Neighbor]]:
+        if not queries:
+            return []
+        space, index = Space(name), await self._index(name, fp)
+        what = f"{name} {fp}"
+        matrix = [checked_rows(what, np.asarray(query.vector)[np.newaxis], 1, index.dim)[0] for query in queries]
+        for test in tests:
+            if test is not None:
+                index.check(test)
+        outs = [frozenset(query.exclude) for query in queries]
+        if index.mode == "exact":
+            return await self._exact_index(name, fp, index).search(
+                [
+                    (vector, query.k, frozenset(item_id.encode() for item_id in out), test)
+                    for vector, query, out, test in zip(matrix, queries, outs, tests, strict=True)
+                ]
+            )
+        ways = [
+            (row.tobytes(), query.k + len(out), test)
+            for row, query, out, test in zip(matrix, queries, outs, tests, strict=True)
+        ]
+        found = await self._knn(space, fp, index, ways, exhaustive=False)
+        # A graph can miss more than a few: many vectors that are nearly the same may be an island in it, from which
+        # nothing else is reached. That shows, and then every vector is compared.
+        short = [i for i, (_, n, _) in enumerate(ways) if len(found[i]) < n] if index.mode == "hnsw" else []
+        if short:
+            whole = await self._knn(space, fp, index, [ways[i] for i in short], exhaustive=True)
+            for i, neighbors in zip(short, whole, strict=True):
+                found[i] = neighbors
+        return [
+            [neighbor for neighbor in neighbors if neighbor.id not in out][: query.k]
+            for neighbors, query, out in zip(found, queries, outs, strict=True)
+        ]
+
+    async def _knn(
+        self, space: Space, fp: str, index: Index, ways: Sequence[tuple[bytes, int, Test | None]], exhaustive: bool
+    ) -> list[list[Neighbor]]:
+        """`ways`: vector, how many, test."""
+        time = self._hot.milliseconds
+        replies = await self._hot.pipeline(
+            [search_command(space, fp, index, *way, time, exhaustive=exhaustive) for way in ways]
+        )
+        start = len(space.vector_prefix(fp, 0))
+        return [read_neighbors(reply, start) for reply in replies]
 
     # Helpers
 
-    def _link_for(self, items: int) -> "_Link":
+    def _link_for(self, items: int) -> Link:
         return self._hot if items <= HOT_ITEMS else self._bulk
 
-    async def _checked(self, name: str, fp: str, matrix: NDArray[np.floating[Any]], count: int) -> list[bytes]:
-        """The rows as the bytes Redis keeps. It would take a wrong one without a word and find nonsense."""
-        index = self._indexes.get((name, fp)) or await self._read_index(self._hot, name, fp)
-        if matrix.shape != (count, index.dim):
-            raise ValueError(f"{name} {fp} takes vectors of shape {(count, index.dim)}, not {matrix.shape}")
-        # A length that overflows, or is too small to divide by, is as useless as none.
-        matrix = np.ascontiguousarray(matrix, "<f4")
-        squares = np.einsum("ij,ij->i", matrix, matrix)
-        bad = np.flatnonzero(~(np.isfinite(squares) & (squares > 0)))
-        if bad.size:
-            raise ValueError(f"vector {bad[0]} for {name} {fp} has no direction: all zero, NaN or infinite")
-        data, size = matrix.tobytes(), 4 * index.dim
-        return [data[start : start + size] for start in range(0, len(data), size)]
+    async def _index(self, name: str, fp: str) -> Index:
+        return self._indexes.get((name, fp)) or await self._read_index(self._hot, name, fp)
 
-    async def _read_index(self, link: "_Link", name: str, fp: str) -> "_Index":
-        index = _index_of(await self._index_info(link, name, fp))
-        self._indexes[name, fp] = index
+    async def _read_index(self, link: Link, name: str, fp: str) -> Index:
+        record = await link.command("HGET", Space(name).indexes, fp)
+        if record is None:
+            self._forget(name, fp)
+            raise NoIndex(name, fp)
+        index = self._indexes[name, fp] = Index.from_bytes(record)
         return index
 
-    async def _index_info(self, link: "_Link", name: str, fp: str) -> dict[bytes, Any]:
+    async def _save_index(self, name: str, fp: str, index: Index) -> None:
+        await self._bulk.command("HSET", Space(name).indexes, fp, index.to_bytes())
+        self._indexes[name, fp] = index
+
+    def _exact_index(self, name: str, fp: str, index: Index) -> ExactIndex:
+        if (name, fp) not in self._exact:
+            self._exact[name, fp] = ExactIndex(name, fp, index.dim, self._hot, self._bulk)
+        return self._exact[name, fp]
+
+    def _forget(self, name: str, fp: str) -> None:
+        self._indexes.pop((name, fp), None)
+        self._exact.pop((name, fp), None)
+
+    async def _reshaped(
+        self, name: str, fp: str, mode: WantedMode | None, fields: Mapping[str, Kind] | None
+    ) -> tuple[Index, Index | None]:
+        """The index as it is, and as it should be if that is otherwise."""
+        old, docs = await self._read_index(self._bulk, name, fp), (await self.index_status(name, fp)).docs
+        wanted = choose_mode(mode or self._wanted, docs, await self.server_info(), self.address, old.mode)
+        wider = {**old.fields, **(fields or {})}
+        if (wanted, wider) == (old.mode, old.fields):
+            return old, None
+        return old, replace(old, mode=wanted, fields=wider, number=old.number + 1, logged=wanted == "exact")
+
+    async def _create(self, name: str, fp: str, index: Index) -> bool:
         try:
-            info: dict[bytes, Any] = await link.command("FT.INFO", _Space(name).index(fp))
+            await self._bulk.command(*create_command(Space(name), fp, index))
         except errors.ResponseError as error:
-            if _says_no_index(error):
-                raise _NoIndex(name, fp) from error
+            if "already exists" not in str(error):
+                raise
+            return False  # another replica was faster
+        return True
+
+    async def _exists(self, name: str, fp: str, index: Index) -> bool:
+        try:
+            await self._index_info(name, fp, index)
+        except NoIndex:
+            return False
+        return True
+
+    async def _index_info(self, name: str, fp: str, index: Index) -> dict[bytes, Any]:
+        try:
+            info: dict[bytes, Any] = await self._bulk.command("FT.INFO", Space(name).index(fp, index.number))
+        except errors.ResponseError as error:
+            if says_no_index(error):
+                raise NoIndex(name, fp) from error
             raise
         return info
 
-    async def _items(self, link: "_Link", name: str, ids: Sequence[str], keys: Sequence[bytes]) -> list[Item | None]:
-        space, found = _Space(name), list[Item | None]()
-        for chunk in _chunks(len(ids)):
-            commands = [("HMGET", space.item_prefix(_bucket(keys[i])) + keys[i], "raw", "rev") for i in chunk]
+    async def _wait_until_filled(self, name: str, fp: str, new: Index) -> None:
+        while True:
+            # The old one first: what is written in between is in the new one too. Not by the percentage alone: it is
+            # 100 until the query engine has begun to read.
+            docs = (await self.index_status(name, fp)).docs
+            info = await self._index_info(name, fp, new)
+            if failures := int(info[b"hash_indexing_failures"]):
+                await self._drop_index(name, fp, new)
+                raise ItemvecError(f"{failures} vectors of {name} {fp} were refused by its {new.mode} index")
+            if float(info[b"percent_indexed"]) >= 1 and int(info[b"num_docs"]) >= docs:
+                return
+            await asyncio.sleep(0.05)
+
+    async def _drop_index(self, name: str, fp: str, index: Index) -> None:
+        if index.mode == "exact":
+            return
+        try:  # never DD: it blocks the server 173 ms per 100,000 vectors
+            await self._bulk.command("FT.DROPINDEX", Space(name).index(fp, index.number))
+        except errors.ResponseError as error:
+            if not says_no_index(error):
+                raise
+        except ConfigError:  # the query engine is gone, and the index with it
+            pass
+
+    async def _log_all(self, name: str, fp: str) -> None:
+        """Notes every vector, as if it had just been written."""
+        space = Space(name)
+        start = len(space.vector_prefix(fp, 0))
+        async for keys in self._bulk.scan(space.vectors(fp) + "*"):
+            ids = [key[start:] for key in keys]
+            commands: list[Command] = []
+            for bucket, positions in by_bucket(ids, range(len(ids))).items():
+                names = [space.log(fp, bucket), space.gone(fp, bucket), *(keys[i] for i in positions)]
+                commands.append(("EVAL", scripts.LOG, len(names), *names, start + 1))
+            await self._bulk.pipeline(commands)
+
+    async def _unlink(self, *patterns: str) -> None:
+        for pattern in patterns:
+            async for keys in self._bulk.scan(pattern):
+                await self._bulk.pipeline([("UNLINK", *same) for same in same_slot(keys)])
+
+    async def _items(self, link: Link, name: str, ids: Sequence[str], keys: Sequence[bytes]) -> list[Item | None]:
+        space, found = Space(name), list[Item | None]()
+        for chunk in chunks(len(ids)):
+            commands = [("HMGET", space.item_prefix(bucket_of(keys[i])) + keys[i], "raw", "rev") for i in chunk]
             for i, (raw, rev) in zip(chunk, await link.pipeline(commands), strict=True):
                 found.append(None if rev is None else Item(ids[i], raw, rev))
         return found
@@ -521,32 +694,24 @@ class Store:
         found = await self._items(self._bulk, name, [key.decode() for key in keys], keys)
         return [item for item in found if item is not None]
 
-    async def _scan(self, pattern: str) -> AsyncIterator[list[bytes]]:
-        cursor = b"0"
-        while True:
-            cursor, keys = await self._bulk.command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
-            if keys:
-                yield keys
-            if int(cursor) == 0:
-                return
-
     async def _remove_orphans(self, name: str, fp: str) -> None:
         """A write that was under way when its version was dropped leaves a vector behind.
 
         That of an item deleted since must not come back. Only vectors without an item go, so a replica that
         already loads this version loses nothing.
         """
-        start = len(_Space(name).vector_prefix(fp, 0))
-        async for keys in self._scan(_Space(name).vectors(fp) + "*"):
+        start = len(Space(name).vector_prefix(fp, 0))
+        async for keys in self._bulk.scan(Space(name).vectors(fp) + "*"):
             await self._remove_if_orphan(name, fp, [key[start:] for key in keys])
 
     async def _remove_if_orphan(self, name: str, fp: str, keys: Sequence[bytes]) -> None:
-        space, commands = _Space(name), []
-        for bucket, positions in _by_bucket(keys, range(len(keys))).items():
+        space, commands = Space(name), list[Command]()
+        for bucket, positions in by_bucket(keys, range(len(keys))).items():
             prefixes = (space.item_prefix(bucket), space.vector_prefix(fp, bucket))
-            names = [prefix + keys[i] for i in positions for prefix in prefixes]
-            commands.append(("EVAL", _REMOVE_ORPHANS, len(names), *names))
-        await self._bulk.pipeline(commands)
+            names = [space.log(fp, bucket), space.gone(fp, bucket)]
+            names += [prefix + keys[i] for i in positions for prefix in prefixes]
+            commands.append(("EVAL", scripts.REMOVE_ORPHANS, len(names), *names, len(prefixes[0]) + 1))
+        await self._bulk.pipeline(commands, [("EVAL", scripts.TICK, 1, space.ticks, fp)])
 
     def _note_live(self, name: str, reply: Mapping[bytes, bytes]) -> dict[str, str]:
         live = {fp.decode(): ref.decode() for fp, ref in reply.items()}
@@ -554,348 +719,42 @@ class Store:
         return live
 
 
-# The scripts. Redis runs each one alone, from start to end; all keys of a call are in one slot.
-
-_SET_VECTOR = """
--- To index a vector again costs up to 0.5 ms, so one that did not change is left.
-local function set_vector(key, vector)
-  if redis.call('HGET', key, 'v') ~= vector then redis.call('HSET', key, 'v', vector) end
-end
-"""
-
-_PUT = (
-    _SET_VECTOR
-    + """
--- KEYS: counter, then for each item its hash and one vector key for each fingerprint
--- ARGV: number of fingerprints, then for each item raw, rev and the vectors
-local vectors, created, key, arg = tonumber(ARGV[1]), {}, 2, 2
-local new = 0
-while KEYS[key] do
-  local added = redis.call('HSET', KEYS[key], 'raw', ARGV[arg], 'rev', ARGV[arg + 1])
-  if added > 0 then new = new + 1; created[#created + 1] = 1 else created[#created + 1] = 0 end
-  for i = 1, vectors do set_vector(KEYS[key + i], ARGV[arg + 1 + i]) end
-  key, arg = key + 1 + vectors, arg + 2 + vectors
-end
-if new > 0 then redis.call('INCRBY', KEYS[1], new) end
-return created
-"""
-)
-
-_ADD = (
-    _SET_VECTOR
-    + """
--- KEYS: for each item its hash and its vector key; ARGV: for each item the rev it must have and the vector
-local written = 0
-for i = 1, #KEYS, 2 do
-  if redis.call('HGET', KEYS[i], 'rev') == ARGV[i] then
-    set_vector(KEYS[i + 1], ARGV[i + 1])
-    written = written + 1
-  end
-end
-return written
-"""
-)
-
-_DELETE = """
--- KEYS: counter, then for each item its hash and one vector key for each fingerprint
--- ARGV: number of fingerprints
-local vectors, existed, key, gone = tonumber(ARGV[1]), {}, 2, 0
-while KEYS[key] do
-  local was = redis.call('UNLINK', KEYS[key])
-  existed[#existed + 1] = was
-  gone = gone + was
-  for i = 1, vectors do redis.call('UNLINK', KEYS[key + i]) end
-  key = key + 1 + vectors
-end
-if gone > 0 then redis.call('DECRBY', KEYS[1], gone) end
-return existed
-"""
-
-_REMOVE_ORPHANS = """
--- KEYS: for each item its hash and its vector key
-for i = 1, #KEYS, 2 do
-  if redis.call('EXISTS', KEYS[i]) == 0 then redis.call('UNLINK', KEYS[i + 1]) end
-end
-"""
-
-
-_UNMARK = """
-redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call('SREM', KEYS[2], ARGV[1])
-"""
-
-_CLAIM = """
-local holder = redis.call('GET', KEYS[1]) or ARGV[1]
-if holder == ARGV[1] then redis.call('SET', KEYS[1], holder, 'PX', ARGV[2]) end
-return holder
-"""
-
-_RENEW = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-
-_RELEASE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
-"""
-
-
-class _Space:
-    """The keys of one model."""
-
-    __slots__ = ("_name", "every_item", "live", "ready", "switch")
-
-    def __init__(self, name: str) -> None:
-        # Colons and braces separate the parts of a key; `*` and `[` would be patterns.
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", name):
-            raise ValueError(f"{name!r} cannot name a model: letters, digits, '_', '.' and '-' only")
-        self._name = name
-        self.live = f"iv:live:{{{name}}}"
-        self.ready = f"iv:ready:{{{name}}}"
-        self.switch = f"iv:switch:{{{name}}}"
-        self.every_item = f"iv:item:{{{name}.b[0-9][0-9]}}:*"
-
-    def item_prefix(self, bucket: int) -> bytes:
-        return f"iv:item:{{{self._name}.b{bucket:02}}}:".encode()
-
-    def vector_prefix(self, fp: str, bucket: int) -> bytes:
-        return f"{self.vectors(fp)}{{{self._name}.b{bucket:02}}}:".encode()
-
-    def vectors(self, fp: str) -> str:
-        return f"iv:vec:{self._name}:{fp}:"
-
-    def index(self, fp: str) -> str:
-        return f"iv:idx:{self._name}:{fp}"
-
-    def count(self, bucket: int) -> bytes:
-        return f"iv:count:{{{self._name}.b{bucket:02}}}".encode()
-
-
-def _encode_ids(ids: Sequence[str]) -> list[bytes]:
-    keys = [item_id.encode() for item_id in ids]
-    for item_id, key in zip(ids, keys, strict=True):
-        if not 1 <= len(key) <= MAX_ID_BYTES:
-            raise ValueError(f"an id has 1 to {MAX_ID_BYTES} bytes of UTF-8, {item_id[:40]!r} has {len(key)}")
-    return keys
-
-
-def _bucket(key: bytes) -> int:
-    return crc32(key) % BUCKETS
-
-
-def _by_bucket(keys: Sequence[bytes], positions: Iterable[int]) -> dict[int, list[int]]:
-    groups: dict[int, list[int]] = {}
-    for position in positions:
-        groups.setdefault(_bucket(keys[position]), []).append(position)
-    return groups
-
-
-def _same_slot(keys: Iterable[bytes]) -> Iterable[list[bytes]]:
-    groups: dict[bytes, list[bytes]] = {}
-    for key in keys:
-        groups.setdefault(key[: key.index(b"}")], []).append(key)
-    return groups.values()
-
-
-def _chunks(count: int) -> Iterable[range]:
-    return (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-
-
-@dataclass(frozen=True, slots=True)
-class _Index:
-    algorithm: Algorithm
-    dim: int
-
-
-def _index_of(info: Mapping[bytes, Any]) -> _Index:
-    [field] = info[b"attributes"]
-    return _Index("hnsw" if field[b"algorithm"] == b"HNSW" else "flat", int(field[b"dim"]))
-
-
-def _neighbors(reply: Mapping[bytes, Any], start: int) -> list[Neighbor]:
-    """`start`: where the id begins in a key. With a warning, results are missing: not to pass for all."""
-    if warnings := reply.get(b"warning"):
-        raise StoreUnavailable("the search was cut short: " + b"; ".join(warnings).decode())
-    found = []
-    for result in reply[b"results"]:
-        score = 1.0 - float(result[b"extra_attributes"][b"d"])
-        found.append(Neighbor(result[b"id"][start:].decode(), min(1.0, max(-1.0, score))))
-    found.sort(key=lambda neighbor: (-neighbor.score, neighbor.id))
-    return found
-
-
-class Breaker:
-    """Opens after a row of failures, so that a dead Redis costs nothing; one call a `pause` tries again."""
-
-    def __init__(self, failures: int = 5, pause: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._pause, self._clock = failures, pause, clock
-        self._failures = 0
-        self._next_try = 0.0
-
-    def enter(self) -> None:
-        if not self.is_open:
-            return
-        wait = self._next_try - self._clock()
-        if wait > 0:
-            raise StoreUnavailable(f"Redis failed {self._failures} times in a row", retry_after=wait)
-        self._next_try = self._clock() + self._pause  # this call is the one that tries
-
-    @property
-    def is_open(self) -> bool:
-        return self._failures >= self._limit
-
-    def success(self) -> None:
-        self._failures = 0
-
-    def failure(self) -> None:
-        self._failures += 1
-        self._next_try = self._clock() + self._pause
-
-
-class _Link:
-    """One client with its deadline, its second try and its breaker."""
-
-    def __init__(self, url: str, *, timeout: float, connections: int) -> None:
-        self._timeout = timeout
-        self._address = _without_secrets(url)
-        self._connections = connections
-        self._slots = asyncio.Semaphore(connections)
-        self.breaker = Breaker()
-        # One deadline around each call costs less than redis-py's own around each read and write. With its
-        # maintenance notifications it would not notice that a pooled connection was closed.
-        self._redis = Redis.from_url(
-            url,
-            protocol=3,
-            socket_timeout=None,
-            socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),
-            driver_info=None,  # two round trips fewer for a new connection
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        )
-
-    @property
-    def milliseconds(self) -> int:
-        return max(1, int(self._timeout * 1000))
-
-    async def close(self) -> None:
-        await self._redis.aclose()
-
-    async def command(self, *parts: object) -> Any:
-        return await self._run(lambda: self._redis.execute_command(*parts))  # type: ignore[no-untyped-call]
-
-    async def pipeline(self, commands: Sequence[Sequence[object]]) -> list[Any]:
-        """The replies, in the order of the commands; the first one that failed is raised."""
-        if len(commands) == 1:
-            return [await self.command(*commands[0])]
-
-        async def send() -> list[Any]:
-            pipe = self._redis.pipeline(transaction=False)  # a new one for each try: it is empty after it failed
-            for command in commands:
-                pipe.execute_command(*command)
-            return await pipe.execute()
-
-        return await self._run(send)
-
-    async def _run(self, call: Callable[[], Awaitable[T]]) -> T:
-        # Waiting for a connection is not the server's time: many calls at once are no reason to think it dead. If it
-        # is, those before us find out, the breaker opens, and nobody waits any longer.
-        if self._slots.locked():
-            try:
-                await _within(max(1.0, self._timeout), self._slots.acquire)
-            except TimeoutError:
-                raise StoreUnavailable(f"all {self._connections} connections to Redis are busy") from None
-        else:
-            await self._slots.acquire()  # there is one: this does not wait
-        try:
-            self.breaker.enter()
-            result = await _within(self._timeout, lambda: _once_more(call))
-        except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
-            self.breaker.failure()
-            raise self._unavailable(error) from error
-        except errors.ResponseError as error:
-            self.breaker.success()
-            if (reason := self._refused(error)) is not None:
-                raise reason from error
-            raise
-        finally:
-            self._slots.release()
-        self.breaker.success()
-        return result
-
-    def _unavailable(self, error: Exception) -> StoreUnavailable:
-        if isinstance(error, errors.BusyLoadingError):
-            return StoreUnavailable(f"Redis at {self._address} is still loading its data", retry_after=5.0)
-        if isinstance(error, errors.ConnectionError):
-            return StoreUnavailable(f"Redis at {self._address}: {error}")
-        return StoreUnavailable(f"Redis at {self._address} did not answer in {self._timeout:g} s")
-
-    def _refused(self, error: errors.ResponseError) -> ItemvecError | None:
-        """What the server cannot do at this time; None if the command was wrong, which is a fault of ours."""
-        text = str(error)
-        if "unknown command" in text and "FT." in text:
-            return ConfigError(_NO_ENGINE.format(address=self._address))
-        if isinstance(error, errors.OutOfMemoryError) or text.startswith("OOM"):
-            return StoreUnavailable(f"Redis at {self._address} is full, raise its maxmemory", retry_after=30.0)
-        if isinstance(error, _PASSING) or text.startswith(("MISCONF", "NOREPLICAS", "BUSY")):
-            return StoreUnavailable(f"Redis at {self._address}: {text}", retry_after=5.0)
-        return None
-
-
-async def _once_more(call: Callable[[], Awaitable[T]]) -> T:
-    """A lost connection may be of a server that is back already. An answer that is late comes no sooner twice."""
-    try:
-        return await call()
-    except errors.ConnectionError:
-        await asyncio.sleep(random.uniform(0.0, 0.01))  # noqa: S311 - so that not all callers come back at once
-        return await call()
-
-
-async def _within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
-    """Raises `TimeoutError` if the call takes longer, except by the fault of this process.
-
-    When the event loop itself stood still, for a large request or a model that is loaded, the time is over but the
-    answer may be there, unread. Then the call gets a little more time, or all that wait would fail together.
-    """
-    loop = asyncio.get_running_loop()
-    due = loop.time() + seconds
-    timer: asyncio.TimerHandle
-
-    def expire() -> None:
-        nonlocal timer
-        if loop.time() - due > 0.01:
-            timer = loop.call_later(0.05, lambda: limit.reschedule(loop.time()))
-        else:
-            limit.reschedule(due)
-
-    async with asyncio.timeout(None) as limit:
-        timer = loop.call_at(due, expire)
-        try:
-            return await call()
-        finally:
-            timer.cancel()
-
-
-_PASSING = (errors.ReadOnlyError, errors.NoPermissionError, errors.ClusterDownError, errors.TryAgainError)
-
-_NO_ENGINE = (
-    "Redis at {address} has no query engine, which finds the neighbors: use Redis 8 or Redis Stack, "
-    "or unset REDIS_URL for the embedded server"
-)
-
-
-class _NoIndex(StoreUnavailable):
-    def __init__(self, name: str, fp: str) -> None:
-        super().__init__(f"{name} has no index for fingerprint {fp}: that version is not loaded", retry_after=5.0)
-
-
-def _says_no_index(error: errors.ResponseError) -> bool:
-    text = str(error).lower()  # "no such index", "unknown index name": the words differ between versions
-    return "no such index" in text or "unknown index name" in text or "index not found" in text
-
-
-def _without_secrets(url: str) -> str:
-    """The address for a message: no user, no password."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return f"unix://{parts.path}"
-    return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}"
+def _put_command(
+    space: Space,
+    bucket: int,
+    indexes: Mapping[str, Index],
+    items: Sequence[tuple[bytes, bytes, bytes, Sequence[tuple[bytes, bytes]]]],
+) -> Command:
+    """`items`: key, raw, rev, and for each fingerprint the vector and its attributes."""
+    item, vectors = space.item_prefix(bucket), [space.vector_prefix(fp, bucket) for fp in indexes]
+    names: list[bytes] = [space.count(bucket)]
+    for fp, index in indexes.items():
+        if index.logged:
+            names += (space.log(fp, bucket), space.gone(fp, bucket))
+    values: list[object] = ["".join("1" if index.logged else "0" for index in indexes.values()), len(item) + 1]
+    for key, raw, rev, rows in items:
+        names.append(item + key)
+        names += [prefix + key for prefix in vectors]
+        values += (raw, rev)
+        for row in rows:
+            values += row
+    return ("EVAL", scripts.PUT, len(names), *names, *values)
+
+
+def _rows(what: str, encoded: Encoded | NDArray[np.floating[Any]], count: int, dim: int) -> list[tuple[bytes, bytes]]:
+    """Of each item its vector and its attributes as Redis keeps them; both empty where it has no vector."""
+    if not isinstance(encoded, Encoded):
+        encoded = Encoded(encoded)
+    places = range(count) if encoded.rows is None else encoded.rows
+    data, size = checked_rows(what, encoded.vectors, len(places), dim).tobytes(), 4 * dim
+    rows = [(b"", b"")] * count
+    attributes = encoded.attributes or [{}] * len(places)
+    for n, (place, fields) in enumerate(zip(places, attributes, strict=True)):
+        rows[place] = data[n * size : (n + 1) * size], orjson.dumps(fields) if fields else b""
+    return rows
+
+
+def _resolved(where: Condition, schema: FeatureSchema | None) -> Test:
+    if schema is None:
+        raise ValueError("a search with `where` needs the schema of the version")
+    return resolve(where, schema)

@@ -45,27 +45,33 @@ name: toys
 id: sku
 features:
   name: {kind: text}
-  maker: {kind: nominal}
-  tags: {kind: multi}
-  price: {kind: %s}
-  age: {kind: ordinal, order: ["3+", "6+", "12+"]}
-  added: {kind: timestamp}
+  maker: {kind: nominal, filterable: true}
+  tags: {kind: multi, filterable: true}
+  price: {kind: %s, filterable: true}
+  age: {kind: ordinal, order: ["3+", "6+", "12+"], filterable: true}
+  added: {kind: timestamp, filterable: true}
 """
 DIM = 8
 JSON = {"Content-Type": "application/json"}
 
 
-def publish(registry: Registry, seed: int, alias: str | None = None, price: str = "numeric", name: str = "toys") -> int:
+def publish(
+    registry: Registry,
+    seed: int,
+    alias: str | None = None,
+    price: str = "numeric",
+    name: str = "toys",
+    named: str = "name: {kind: text}",
+) -> int:
     """An untrained version, weights by `seed`: equal items still get equal vectors, which is all that serving needs.
 
-    `price`: another kind than numeric makes a version that refuses what the others take.
+    `price`: another kind than numeric makes a version that refuses what the others take. `named`: the column `name`.
     """
     table = pa.Table.from_pylist(TOYS)
     if price == "nominal":
         table = table.set_column(table.column_names.index("price"), "price", table["price"].cast(pa.string()))
-    transform = FeatureTransform.fit(
-        table, FeatureSchema.from_yaml(SCHEMA % ("nominal, min_count: 1" if price == "nominal" else price))
-    )
+    schema = SCHEMA.replace("name: {kind: text}", named) % ("nominal, min_count: 1" if price == "nominal" else price)
+    transform = FeatureTransform.fit(table, FeatureSchema.from_yaml(schema))
     torch.manual_seed(seed)
     config = EncoderConfig(dim=DIM, embedding_dim=8, hidden=(16,))
     encoder, decoder = ItemEncoder(config, transform.layout), Decoder(config, transform.layout)
@@ -126,7 +132,8 @@ async def running(registry: Path, redis_url: str, searchable: bool = True, **set
     config = ServiceConfig.read(
         registry=str(registry), redis_url=redis_url, **{"registry_poll_seconds": 0.05, **settings}
     )
-    metrics, store, known = Metrics(), Store(redis_url), Registry(registry)
+    metrics, known = Metrics(), Registry(registry)
+    store = Store(redis_url, timeout=config.store_timeout, index=config.index, changed=metrics.degraded)
     models = LoadedModels(known, store, config, metrics)
     app = build_app(models, store, metrics, config)
     await models.start()

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import logging
 import math
+import re
+import threading
 from typing import Any
 from urllib.parse import quote
 
@@ -77,9 +79,13 @@ async def test_an_unknown_model_is_404(toys: Running, model: str) -> None:
     assert_problem(await post(toys, "/v1/embeddings", {"input": [TOY], "model": model}), 404)
 
 
-async def test_dimensions_other_than_the_models_are_refused(toys: Running) -> None:
-    assert (await post(toys, "/v1/embeddings", {"input": [TOY], "dimensions": DIM})).status_code == 200
-    assert_problem(await post(toys, "/v1/embeddings", {"input": [TOY], "dimensions": 4}), 422, "/dimensions")
+async def test_fewer_dimensions_are_the_first_numbers_brought_to_length_1(toys: Running) -> None:
+    [whole] = toys.models.champion().encode([TOY]).vectors
+    for size in (1, 4, DIM):
+        answer = await post(toys, "/v1/embeddings", {"input": [TOY], "dimensions": size})
+        wanted = whole[:size] / np.linalg.norm(whole[:size])
+        assert answer.json()["data"][0]["embedding"] == pytest.approx(wanted, abs=1e-6)
+    assert_problem(await post(toys, "/v1/embeddings", {"input": [TOY], "dimensions": DIM + 1}), 422, "/dimensions")
 
 
 # Bodies
@@ -123,6 +129,29 @@ async def test_a_caller_that_leaves_is_not_answered(toys: Running) -> None:
         return {"type": "http.disconnect"}
 
     assert await _raw_call(toys, receive, {}) == (None, b"")
+
+
+async def test_long_work_of_a_caller_that_leaves_is_dropped_and_counted(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = threading.Event()
+    first = asyncio.create_task(toys.models.compute(1000, lambda: busy.wait(20)))  # the encoder's thread is taken
+    await asyncio.sleep(0.05)
+    messages = iter(
+        [{"type": "http.request", "body": orjson.dumps({"input": [TOY] * 100})}, {"type": "http.disconnect"}]
+    )
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    encoded: list[int] = []
+    monkeypatch.setattr(ModelVersion, "encode", lambda _, items, __="": encoded.append(len(items)))
+    assert await _raw_call(toys, receive, {}) == (None, b"")  # at once, though the thread is still taken
+    busy.set()
+    await first
+    await toys.models.compute(1000, lambda: None)  # whatever waited for the thread has had its turn
+    assert encoded == []
+    assert 'rejected_requests_total{reason="client_gone"} 1.0' in (await toys.client.get("/metrics")).text
 
 
 async def _raw_call(service: Running, receive: Any, headers: dict[bytes, bytes]) -> tuple[int | None, bytes]:
@@ -307,6 +336,36 @@ async def test_a_version_without_an_index_has_no_neighbors_and_says_so(toys: Run
     assert "searchable: toys@1" in problem["detail"]
 
 
+async def test_a_backfilled_version_can_be_searched_beside_the_served_one(toys: Running) -> None:
+    await toys.load()
+    toys.registry.set_alias("toys", "challenger", 2)
+    assert_problem(await post(toys, "/v1/similar", {"id": "toy 3", "model": "toys@challenger"}), 409)
+    started = await post(toys, "/v1/models/toys/backfill", {"version": 2})
+    assert started.status_code == 202
+    job = started.json()["job"]
+    assert started.headers["location"] == f"/v1/jobs/{job['id']}"
+    job = await toys.finished(job["id"])
+    assert (job["kind"], job["state"], job["progress"]) == ("backfill", "succeeded", {"done": 40, "total": 40})
+    assert toys.models.champion().ref == "toys@1"
+    other = ModelVersion.load(toys.registry.path("toys", 2))
+    await toys.client.put("/v1/items/new", json={**TOY, "price": 11.0})  # reaches both
+    for model, version in (("toys@challenger", other), ("toys", toys.models.champion())):
+        body = (await post(toys, "/v1/similar", {"id": "toy 3", "model": model, "k": 50})).json()
+        assert body["fingerprint"] == version.fingerprint
+        vectors = dict(zip(ITEMS, version.encode(list(ITEMS.values())).vectors, strict=True))
+        vectors["new"] = version.encode([{**TOY, "price": 11.0}]).vectors[0]
+        wanted = sorted((float(v @ vectors["toy 3"]) for sku, v in vectors.items() if sku != "toy 3"), reverse=True)
+        assert [near["score"] for near in body["neighbors"]] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [({"version": 99}, 404), ({"version": "2"}, 422), ({}, 422), ({"version": 2, "x": 1}, 422)]
+)
+async def test_a_backfill_of_no_version_is_refused(toys: Running, body: dict[str, Any], status: int) -> None:
+    assert_problem(await post(toys, "/v1/models/toys/backfill", body), status)
+    assert_problem(await post(toys, "/v1/models/nobody/backfill", {"version": 1}), 404)
+
+
 # Models
 
 
@@ -314,7 +373,7 @@ async def test_models_tell_their_versions_aliases_schema_and_evaluation(toys: Ru
     [model] = (await toys.client.get("/v1/models")).json()["data"]
     assert (model["id"], model["model"], model["versions"]) == ("toys", "toys@1", [1, 2, 3])
     assert model["aliases"] == {"champion": 1}
-    assert model["items"] == 0
+    assert (model["items"], model["index"], model["dimensions"]) == (0, "flat", [DIM])
     one = (await toys.client.get("/v1/models/toys")).json()
     assert set(one["item_schema"]["properties"]) == {"name", "maker", "tags", "price", "age", "added"}
     assert one["evaluation"] == {"recall@10": 0.5}
@@ -357,6 +416,33 @@ async def test_a_request_id_that_could_harm_a_log_is_replaced(toys: Running, giv
     made = (await toys.client.get("/healthz", headers={"X-Request-ID": given})).headers["x-request-id"]
     assert made != given
     assert len(made) == 24
+
+
+TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+async def test_a_trace_is_passed_on_with_a_parent_id_of_our_own(toys: Running) -> None:
+    answer = await toys.client.get("/healthz", headers={"traceparent": f"00-{TRACE}-{CALLER}-01"})
+    version, trace, parent, flags = answer.headers["traceparent"].split("-")
+    assert (version, trace, flags) == ("00", TRACE, "01")
+    assert re.fullmatch("[0-9a-f]{16}", parent) and parent != CALLER
+    later = await toys.client.get("/healthz", headers={"traceparent": f"cc-{TRACE}-{CALLER}-00-more"})
+    assert later.headers["traceparent"].startswith(f"00-{TRACE}-")  # of a later version the known part is read
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None, "", "nonsense", f"00-{TRACE}-{CALLER}", f"ff-{TRACE}-{CALLER}-01", f"00-{'0' * 32}-{CALLER}-01",
+        f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE.upper()}-{CALLER}-01", f"00-{TRACE}-{CALLER}-01-more",
+    ],
+)  # fmt: skip
+async def test_a_trace_that_is_none_is_replaced_by_a_new_one(toys: Running, given: str | None) -> None:
+    headers = {} if given is None else {"traceparent": given}
+    answers = [await toys.client.get("/healthz", headers=headers) for _ in range(2)]
+    traces = {answer.headers["traceparent"] for answer in answers}
+    assert len(traces) == 2
+    assert all(re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-00", made) and TRACE not in made for made in traces)
 
 
 async def test_server_timing_tells_encode_store_and_total(toys: Running) -> None:
@@ -406,6 +492,7 @@ async def test_a_failure_of_ours_tells_nothing_but_its_request_id(
     problem = assert_problem(answer, 500)
     assert "secret" not in answer.text
     assert problem["request_id"] in caplog.text
+    assert answer.headers["traceparent"] in caplog.text
     assert "the secret of the house" in caplog.text
 
 

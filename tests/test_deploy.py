@@ -315,10 +315,13 @@ def guarded(secrets, tmp_path) -> Iterator[tuple[EmbeddedRedis, str]]:
 
 
 @pytest.mark.anyio
-async def test_redis_lets_the_service_do_its_work_and_nothing_beside_it(guarded):
+@pytest.mark.parametrize("index", ["flat", "exact"])
+async def test_redis_lets_the_service_do_its_work_and_nothing_beside_it(guarded, index):
     server, url = guarded
-    async with Store(url) as store:
+    async with Store(url, index=index) as store:
         await store.ping()
+        await store.write_cache({"iv:enc:f1:{e00}:x": b"1"}, 5.0)
+        assert await store.read_cache(["iv:enc:f1:{e00}:x"]) == [b"1"]
         await store.ensure_index("m", "f1", 2)
         await store.mark_live("m", "f1", "m@1")
         east, north = np.eye(2, dtype=np.float32)
@@ -329,12 +332,13 @@ async def test_redis_lets_the_service_do_its_work_and_nothing_beside_it(guarded)
         assert [n.id for n in await store.search("m", "f1", east, 1)] == ["a"]
         assert (await store.index_status("m", "f1")).docs == 2
         assert [item.id async for batch in store.scan("m") for item in batch]
-        assert await store.claim("m", "me", 5.0) == "me"
-        await store.release("m", "me")
-        await store.save_job("j", b"{}", 5.0)
-        assert await store.job("j") == b"{}"
+        assert await store.leases.claim("m", "me", 5.0) == "me"
+        await store.leases.release("m", "me")
+        await store.leases.save_job("j", b"{}", 5.0)
+        assert await store.leases.job("j") == b"{}"
         assert await store.delete("m", ["a"]) == [True]
         assert await store.count("m") == 1
+        assert await store.reindex("m", "f1", "hnsw")
         await store.unmark_live("m", "f1")
         await store.drop_version("m", "f1")
     service = redis.Redis.from_url(url)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from itemvec.schema import Feature, Multi, Nominal, Numeric, Ordinal, Text, Timestamp
+from itemvec.schema import Feature, Multi, Nominal, Numeric, Ordinal, Series, Text, Timestamp, Vector
 from service.api import Api
 from service.config import ServiceConfig
 from service.metrics import Metrics
@@ -21,6 +21,8 @@ KINDS = {
     "numeric": Numeric,
     "timestamp": Timestamp,
     "text": Text,
+    "series": Series,
+    "vector": Vector,
 }
 
 

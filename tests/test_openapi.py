@@ -1,11 +1,21 @@
 """The documentation against the service: what it says is sent is taken, and what it says is answered is answered."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+import orjson
 import pytest
-from serving import TOY, Running, post
+import serving
+from serving import DIM, TOY, Running
+
+from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
+from itemvec.features import FeatureTransform
+from itemvec.registry import Registry
+from itemvec.schema import FeatureSchema
+from itemvec.table import read_table
+from itemvec.version import Lineage, ModelVersion
 
 pytestmark = pytest.mark.anyio
 
@@ -16,7 +26,8 @@ async def test_every_call_is_documented_with_its_answers(toys: Running) -> None:
     assert calls >= {
         "POST /v1/embeddings", "POST /v1/similar", "PUT /v1/items/{id}", "POST /v1/items", "GET /v1/items/{id}",
         "DELETE /v1/items/{id}", "GET /v1/models", "GET /v1/models/{name}", "GET /v1/models/{name}/versions/{version}",
-        "PUT /v1/models/{name}/aliases/champion", "GET /v1/jobs/{id}", "GET /healthz", "GET /readyz", "GET /metrics",
+        "POST /v1/decode", "POST /v1/models/{name}/backfill", "PUT /v1/models/{name}/aliases/champion",
+        "GET /v1/jobs/{id}", "GET /healthz", "GET /readyz", "GET /metrics",
     }  # fmt: skip
     for path, methods in document["paths"].items():
         for method, call in methods.items():
@@ -40,6 +51,10 @@ async def test_every_answer_is_what_the_document_says(toys: Running) -> None:
         ("POST", "/v1/embeddings", "/v1/embeddings", {"input": [{"tags": 7}]}),
         ("POST", "/v1/similar", "/v1/similar", {"id": "toy 3"}),
         ("POST", "/v1/similar", "/v1/similar", {"item": TOY, "k": 2}),
+        ("POST", "/v1/similar", "/v1/similar", {"positive": ["toy 3", {"maker": "Nobel"}], "negative": ["toy 4"]}),
+        ("POST", "/v1/similar", "/v1/similar", {"queries": [{"id": "toy 3", "explain": True}, {"id": "nobody"}]}),
+        ("POST", "/v1/decode", "/v1/decode", {"embeddings": [[1.0] * DIM, [-1.0] * DIM]}),
+        ("POST", "/v1/decode", "/v1/decode", {"embedding": [1.0]}),
         ("PUT", "/v1/items/{id}", "/v1/items/x", TOY),
         ("PUT", "/v1/items/{id}", "/v1/items/x", TOY),
         ("POST", "/v1/items", "/v1/items", bulk),
@@ -61,13 +76,74 @@ async def test_every_answer_is_what_the_document_says(toys: Running) -> None:
         jsonschema.validate(answer.json(), schema)
 
 
-async def test_the_examples_of_the_document_are_taken(toys: Running) -> None:
-    schemas = (await toys.client.get("/openapi.json")).json()["components"]["schemas"]
-    item = schemas["EmbeddingsRequest"]["properties"]["input"]["items"]["examples"][0]
-    assert (await post(toys, "/v1/embeddings", {"input": [item]})).status_code == 200
-    await toys.load()
-    for example in schemas["SimilarRequest"]["examples"]:
-        assert (await post(toys, "/v1/similar", example)).status_code in {200, 404}
+FILMS = """
+name: movies
+id: id
+features:
+  title: {kind: text, buckets: 256}
+  genres: {kind: multi, filterable: true}
+  release_year: {kind: numeric, filterable: true}
+"""
+
+
+def publish_films(registry: Registry) -> None:
+    """Two untrained versions over a part of the film table, of the columns that the examples speak of."""
+    table = read_table(str(Path(__file__).parents[1] / "examples" / "movies.parquet")).slice(0, 300)
+    transform = FeatureTransform.fit(table, FeatureSchema.from_yaml(FILMS))
+    config = EncoderConfig(dim=DIM, embedding_dim=8, hidden=(16,))
+    for alias in ("champion", None):
+        encoder, decoder = ItemEncoder(config, transform.layout), Decoder(config, transform.layout)
+        lineage = Lineage(table="movies", table_sha256="0" * 64, table_rows=300, train_rows=300, config={})
+
+        def write(
+            folder: Path, version: int, encoder: Any = encoder, decoder: Any = decoder, lineage: Any = lineage
+        ) -> None:
+            ModelVersion.make("movies", version, transform, encoder, decoder, {}, lineage).save(folder, [])
+
+        registry.publish("movies", write, alias)
+
+
+async def test_every_example_of_the_document_is_answered_as_it_says(tmp_path: Path, empty_redis: str) -> None:
+    publish_films(Registry(tmp_path))
+    async with serving.running(tmp_path, empty_redis, model="movies") as films:
+        document = (await films.client.get("/openapi.json")).json()
+        schemas = document["components"]["schemas"]
+        for film in schemas["BulkRequest"]["examples"][0]["items"]:
+            assert (await films.client.put(f"/v1/items/{film['id']}", json=film)).status_code == 201
+        sent = 0
+        for path, methods in document["paths"].items():
+            for method, call in methods.items():
+                if "requestBody" not in call:
+                    continue
+                body = schemas[call["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]]
+                for example in body["examples"]:
+                    jsonschema.validate(example, {**body, "components": document["components"]})
+                    url = path.replace("{id}", "tt0133093").replace("{name}", "movies")
+                    answer = await films.client.request(method, url, json=example)
+                    assert answer.is_success, (path, example, answer.text)
+                    described = call["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+                    jsonschema.validate(answer.json(), {**described, "components": document["components"]})
+                    sent += 1
+                    if "job" in answer.json():
+                        await films.finished(answer.json()["job"]["id"])
+        assert sent >= 13
+
+
+CALLS = re.findall(
+    r"```json\n(\w+) (\S+)\n(.*?)```", (Path(__file__).parents[1] / "docs" / "api.md").read_text(), flags=re.DOTALL
+)
+
+
+async def test_every_call_in_the_documentation_is_answered(tmp_path: Path, empty_redis: str) -> None:
+    publish_films(Registry(tmp_path))
+    async with serving.running(tmp_path, empty_redis, model="movies") as films:
+        for film in ("tt0133093", "tt0234215"):
+            assert (await films.client.put(f"/v1/items/{film}", json={"genres": ["Sci-Fi"]})).status_code == 201
+        assert len(CALLS) == 7
+        for method, path, body in CALLS:
+            answer = await films.client.request(method, path, json=orjson.loads(body))
+            assert answer.is_success, (path, body, answer.text)
+        await films.finished(answer.json()["job"]["id"])
 
 
 async def test_the_page_needs_nothing_from_elsewhere(toys: Running) -> None:

@@ -14,7 +14,8 @@ import serving
 from serving import ITEMS, JSON, TOY, Running, assert_problem, eventually, post
 
 from itemvec.version import ModelVersion
-from service import promote
+from service import index, promote
+from service.conditions import Exists
 from service.promote import Job, Promotions
 
 pytestmark = pytest.mark.anyio
@@ -206,6 +207,66 @@ async def test_items_that_the_new_version_refuses_are_told_and_the_rest_is_serve
     assert (await toys.client.put("/v1/items/priced", json={"price": 12})).status_code == 422
 
 
+async def test_an_item_that_the_previous_version_refuses_is_no_longer_found_with_it(toys: Running) -> None:
+    serving.publish(toys.registry, 4, price="nominal")
+    for item_id in ("kept", "changed"):
+        await toys.client.put(f"/v1/items/{item_id}", json={"maker": "Ada"})
+    assert (await toys.promote(4))["state"] == "succeeded"
+    search = {"item": {"maker": "Ada"}, "k": 5, "model": "toys@1"}
+    before = (await post(toys, "/v1/similar", search)).json()
+    assert {n["id"] for n in before["neighbors"]} == {"kept", "changed"}
+    assert (await toys.client.put("/v1/items/changed", json={"maker": "Ada", "price": "12"})).status_code == 200
+    after = (await post(toys, "/v1/similar", search)).json()
+    assert [n["id"] for n in after["neighbors"]] == ["kept"]
+
+
+async def test_a_version_that_differs_in_what_is_filterable_alone_fills_its_columns_before_it_is_served(
+    toys: Running,
+) -> None:
+    await toys.load()
+    version = serving.publish(toys.registry, 1, named="name: {kind: text, filterable: true}")
+    first, second = (toys.registry.manifest("toys", number).fingerprint for number in (1, version))
+    assert first == second
+    job = await toys.promote(version)
+    assert (job["state"], job["progress"]["done"]) == ("succeeded", 40)
+    schema, anywhere = toys.models.champion("toys").schema, np.ones(serving.DIM)
+    await toys.client.put("/v1/items/named", json={**TOY, "price": 1})
+    await toys.client.put("/v1/items/nameless", json={"maker": "Ada"})
+    found = await toys.store.search("toys", first, anywhere, 99, where=Exists("name"), schema=schema)
+    assert {neighbor.id for neighbor in found} == {"named", *ITEMS}
+
+
+async def test_an_index_that_outgrew_its_form_gets_another_in_a_job(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await toys.load()
+    fingerprint = toys.registry.manifest("toys", 1).fingerprint
+    monkeypatch.setattr(index, "FLAT_UP_TO", 40)
+    monkeypatch.setattr(index, "FLAT_DOWN_TO", 20)
+    monkeypatch.setattr(promote, "WATCH_SECONDS", 0.05)
+    promotions = Promotions(toys.models, toys.store)
+    started: list[Job] = []
+    start = promotions._start
+
+    async def noted(*args: Any) -> Job:
+        started.append(await start(*args))
+        return started[-1]
+
+    monkeypatch.setattr(promotions, "_start", noted)
+    promotions.start()
+
+    async def outgrown() -> bool:
+        return (await toys.store.index_status("toys", fingerprint)).mode == "hnsw"
+
+    await eventually(outgrown)
+    job = await toys.finished(started[0].id)
+    assert (job["kind"], job["cause"], job["state"], job["model"]) == ("reindex", "size", "succeeded", "toys@1")
+    assert len((await post(toys, "/v1/similar", {"id": "toy 3", "k": 39})).json()["neighbors"]) == 39
+    await asyncio.sleep(0.2)
+    assert len(started) == 1
+    await promotions.stop()
+
+
 async def test_items_that_the_new_version_refuses_may_come_during_the_backfill(
     toys: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,8 +326,8 @@ async def test_a_job_that_lost_its_lease_stops_and_leaves_the_index_alone(
     answer = await toys.client.put("/v1/models/toys/aliases/champion", json={"version": 2})
     job_id = answer.json()["job"]["id"]
     await eventually(lambda: _is_live(toys, "toys@2"))
-    await toys.store.release("toys", job_id)  # as if it had run out
-    assert await toys.store.claim("toys", "another job", 60.0) == "another job"
+    await toys.store.leases.release("toys", job_id)  # as if it had run out
+    assert await toys.store.leases.claim("toys", "another job", 60.0) == "another job"
     if not noticed:
         go_on.set()
     job = await toys.finished(job_id)
@@ -275,7 +336,7 @@ async def test_a_job_that_lost_its_lease_stops_and_leaves_the_index_alone(
     assert toys.registry.aliases("toys") == {"champion": 1}
     assert await _is_live(toys, "toys@2")  # the other job may be filling it
     assert (await toys.store.index_status("toys", toys.registry.manifest("toys", 2).fingerprint)).dim == serving.DIM
-    assert await toys.store.claim("toys", "a third", 60.0) == "another job"
+    assert await toys.store.leases.claim("toys", "a third", 60.0) == "another job"
 
 
 async def _is_live(service: Running, ref: str) -> bool:
@@ -338,7 +399,7 @@ async def test_unknown_models_versions_and_jobs_are_404(toys: Running) -> None:
 
 async def test_a_job_whose_replica_is_gone_has_failed(toys: Running) -> None:
     job = Job("lost", "toys", 2, "request", started=1.0, heard=1.0)
-    await toys.store.save_job("lost", orjson.dumps(asdict(job)), 60.0)
+    await toys.store.leases.save_job("lost", orjson.dumps(asdict(job)), 60.0)
     shown = (await toys.client.get("/v1/jobs/lost")).json()
     assert shown["state"] == "failed"
     assert "gone" in shown["problem"]["detail"]

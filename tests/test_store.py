@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from itemvec.errors import ConfigError, ItemNotFound, StoreUnavailable
+from service import index
+from service.breaker import Breaker
+from service.index import Mode, read_neighbors
 from service.redis_server import EmbeddedRedis, find_binaries
-from service.store import Breaker, IndexStatus, Neighbor, Store, _neighbors
+from service.store import Encoded, IndexStatus, Neighbor, Query, Store
 
 pytestmark = pytest.mark.anyio
 
@@ -70,9 +74,9 @@ async def test_neighbors_are_ranked_by_angle_not_by_length(store: Store) -> None
     assert [neighbor.score for neighbor in found] == pytest.approx([1, 0.70711, 0, -1], abs=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["flat", "hnsw"])
-async def test_k_neighbors_are_left_after_excluding_many(store: Store, algorithm: str) -> None:
-    await store.ensure_index("movies", "aa", 2, algorithm=algorithm)  # type: ignore[arg-type]
+@pytest.mark.parametrize("mode", ["flat", "hnsw", "exact"])
+async def test_k_neighbors_are_left_after_excluding_many(store: Store, mode: Mode) -> None:
+    await store.ensure_index("movies", "aa", 2, mode=mode)
     angles = np.arange(1, 301) * 0.01
     ids = [f"film {i}" for i in range(300)]
     await store.put("movies", ids, [b"{}"] * 300, {"aa": np.stack([turned(angle) for angle in angles])})
@@ -102,7 +106,7 @@ async def test_the_graph_index_finds_what_exact_search_finds(store: Store) -> No
     dice = np.random.default_rng(0)
     vectors, queries = dice.standard_normal((1000, 64)), dice.standard_normal((50, 64))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    await store.ensure_index("movies", "aa", 64, algorithm="hnsw")
+    await store.ensure_index("movies", "aa", 64, mode="hnsw")
     await store.put("movies", [str(i) for i in range(1000)], [b"{}"] * 1000, {"aa": vectors})
     hits = 0
     for query in queries:
@@ -111,19 +115,40 @@ async def test_the_graph_index_finds_what_exact_search_finds(store: Store) -> No
     assert hits / 500 > 0.97  # with the effort that the server takes by default it is 0.66
 
 
+async def test_where_a_graph_gives_too_few_every_vector_is_compared(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors that are nearly the same can be an island in a graph, from which the rest is not reached."""
+    await store.ensure_index("movies", "aa", 2, mode="hnsw")
+    ids = [f"film {i}" for i in range(300)]
+    await store.put("movies", ids, [b"{}"] * 300, {"aa": np.stack([turned(i / 100) for i in range(300)])})
+    knn, asked = store._knn, list[bool]()
+
+    async def through_an_island(*args: Any, exhaustive: bool) -> list[list[Neighbor]]:
+        asked.append(exhaustive)
+        found = await knn(*args, exhaustive=exhaustive)
+        return found if exhaustive else [neighbors[:60] for neighbors in found]
+
+    monkeypatch.setattr(store, "_knn", through_an_island)
+    assert [found.id for found in await store.search("movies", "aa", turned(0), 200)] == ids[:200]
+    assert asked == [False, True]
+    assert [found.id for found in await store.search("movies", "aa", turned(0), 60)] == ids[:60]
+    assert asked == [False, True, False]
+
+
 async def test_a_search_that_was_cut_short_is_an_error(raw_redis: redis.Redis, empty_redis: str) -> None:
     # A reply of the real server, with too little time for 20,000 x 128 numbers.
     vectors = np.random.default_rng(0).standard_normal((20_000, 128)).astype(np.float32)
     async with Store(empty_redis) as store:
-        await store.ensure_index("movies", "aa", 128, algorithm="flat")
+        await store.ensure_index("movies", "aa", 128, mode="flat")
         await store.put("movies", [str(i) for i in range(20_000)], [b"{}"] * 20_000, {"aa": vectors})
         reply = await store._bulk.command(
-            "FT.SEARCH", "iv:idx:movies:aa", "*=>[KNN 20000 @v $q AS d]", "RETURN", 1, "d", "LIMIT", 0, 20_000,
+            "FT.SEARCH", "iv:idx:movies:aa:1", "*=>[KNN 20000 @v $q AS d]", "RETURN", 1, "d", "LIMIT", 0, 20_000,
             "TIMEOUT", 1, "DIALECT", 2, "PARAMS", 2, "q", vectors[0].tobytes(),
         )  # fmt: skip
     assert len(reply[b"results"]) < 20_000
     with pytest.raises(StoreUnavailable, match="cut short: Timeout limit was reached"):
-        _neighbors(reply, 0)
+        read_neighbors(reply, 0)
 
 
 async def test_k_below_1_is_refused(store: Store) -> None:
@@ -395,14 +420,102 @@ async def test_no_write_is_lost_while_a_version_takes_over(store: Store, other: 
 async def test_an_index_is_made_once(store: Store, other: Store) -> None:
     made = await asyncio.gather(*(replica.ensure_index("movies", "aa", 2) for replica in [store, other] * 4))
     assert sorted(made) == [False] * 7 + [True]
-    with pytest.raises(ConfigError, match="iv:idx:movies:aa in Redis has 2 dimensions, this version 3"):
+    with pytest.raises(ConfigError, match="iv:idx:movies:aa:1 in Redis has 2 dimensions, this version 3"):
         await store.ensure_index("movies", "aa", 3)
 
 
-@pytest.mark.parametrize(("items", "algorithm"), [(49_999, "flat"), (50_000, "hnsw")])
-async def test_large_stores_get_a_graph_index(store: Store, items: int, algorithm: str) -> None:
+@pytest.mark.parametrize(("items", "mode"), [(49_999, "flat"), (50_000, "hnsw")])
+async def test_large_stores_get_a_graph_index(store: Store, items: int, mode: Mode) -> None:
     await store.ensure_index("movies", "aa", 2, items_hint=items)
-    assert (await store.index_status("movies", "aa")).algorithm == algorithm
+    assert (await store.index_status("movies", "aa")).mode == mode
+
+
+FORMS: list[Mode] = ["flat", "hnsw", "exact", "hnsw", "flat", "exact", "flat"]
+
+
+@pytest.fixture
+async def patient(empty_redis: str) -> AsyncIterator[tuple[Store, Store]]:
+    """Two replicas for tests that keep Redis busy, on a machine that may be."""
+    async with Store(empty_redis, timeout=10.0) as store, Store(empty_redis, timeout=10.0) as other:
+        yield store, other
+
+
+async def test_an_index_takes_another_form_while_it_is_searched_and_written(patient: tuple[Store, Store]) -> None:
+    """`other` is never told; what it has acknowledged is found all the same, by both."""
+    store, other = patient
+    await store.ensure_index("movies", "aa", 2, mode=FORMS[0])
+    await store.mark_live("movies", "aa", "movies@1")
+    ids = [f"tt{i}" for i in range(2000)]
+    await store.put("movies", ids, [b"{}"] * 2000, {"aa": np.stack([turned(0.5 + i / 5000) for i in range(2000)])})
+    done = False
+    written = ["tt0"]
+
+    async def write() -> None:
+        while not done:
+            item_id = f"new {len(written)}"
+            await other.put("movies", [item_id], [b"{}"], {"aa": turned(0.4 - len(written) / 1e5)[None]})
+            written.append(item_id)
+            await asyncio.sleep(0.002)
+
+    async def search(replica: Store) -> None:
+        while not done:
+            last = written[-1]
+            found = {neighbor.id for neighbor in await replica.search("movies", "aa", turned(0.0), 1000)}
+            assert last in found
+            assert len(found) == 1000
+            await asyncio.sleep(0.002)
+
+    working = [asyncio.create_task(work) for work in (write(), search(store), search(other))]
+    for form in FORMS[1:]:
+        assert await store.reindex("movies", "aa", form)
+        assert not await store.reindex("movies", "aa", form)
+        await asyncio.sleep(0.02)
+        assert (await other.index_status("movies", "aa")).mode == form
+    done = True
+    await asyncio.gather(*working)
+    assert len(written) > 20
+    assert (await store.index_status("movies", "aa")).docs == await store.count("movies")
+
+
+async def test_a_store_whose_size_crossed_the_bound_wants_another_form(
+    store: Store, raw_redis: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "FLAT_UP_TO", 100)
+    monkeypatch.setattr(index, "FLAT_DOWN_TO", 50)
+    await go_live(store)
+    for items, form in ((99, "flat"), (100, "hnsw"), (51, "hnsw"), (49, "flat"), (99, "flat")):
+        ids = [str(i) for i in range(100)]
+        await store.delete("movies", ids)
+        await store.put("movies", ids[:items], [b"{}"] * items, {"aa": np.ones((items, 2), np.float32)})
+        now = (await store.index_status("movies", "aa")).mode
+        assert await store.reindex_wanted("movies", "aa") is (now != form)
+        assert await store.reindex("movies", "aa") is (now != form)
+        assert (await store.index_status("movies", "aa")).mode == form
+    assert len(raw_redis.execute_command("FT._LIST")) == 1
+
+
+async def test_an_item_that_a_version_refuses_loses_its_old_vector_in_it(store: Store) -> None:
+    await go_live(store, "aa")
+    await go_live(store, "bb")
+    both = rows((1, 0), (0, 1))
+    await store.put("movies", ["a", "b"], [b"1"] * 2, {"aa": both, "bb": both})
+    written = await store.put("movies", ["a", "b"], [b"2"] * 2, {"aa": both, "bb": Encoded(both[1:], rows=[1])})
+    assert [found.id for found in await store.search("movies", "bb", turned(0), 9)] == ["b"]
+    assert [found.id for found in await store.search("movies", "aa", turned(0), 9)] == ["a", "b"]
+    # And so where the version learned of the item late.
+    assert await store.add_vectors("movies", "aa", ["a", "b"], written.revs, Encoded(both[:1], rows=[0])) == 2
+    assert [found.id for found in await store.search("movies", "aa", turned(0), 9)] == ["a"]
+    assert await store.add_vectors("movies", "aa", ["a"], [b"old"], Encoded(both[:0], rows=[])) == 0
+    assert [found.id for found in await store.search("movies", "aa", turned(0), 9)] == ["a"]
+
+
+async def test_many_queries_at_once_are_answered_in_their_order(store: Store) -> None:
+    await go_live(store)
+    await store.put("movies", ["a", "b"], [b"{}"] * 2, {"aa": rows((1, 0), (0, 1))})
+    queries = [Query(turned(0), 1), Query(turned(1.5), 2), Query(turned(0), 2, exclude={"a"})]
+    found = await store.search_many("movies", "aa", queries)
+    assert [[neighbor.id for neighbor in neighbors] for neighbors in found] == [["a"], ["b", "a"], ["b"]]
+    assert await store.search_many("movies", "aa", []) == []
 
 
 async def test_dropping_a_version_leaves_the_others(store: Store, raw_redis: redis.Redis) -> None:
@@ -452,28 +565,28 @@ async def test_what_is_ready_ends_with_being_live(store: Store) -> None:
 async def test_an_index_made_anew_is_not_ready(store: Store, raw_redis: redis.Redis) -> None:
     await go_live(store, "aa")
     await store.mark_ready("movies", "aa")
-    raw_redis.execute_command("FT.DROPINDEX", "iv:idx:movies:aa")
+    raw_redis.execute_command("FT.DROPINDEX", "iv:idx:movies:aa:1")
     await store.ensure_index("movies", "aa", 2)
     assert await store.ready("movies") == set()
 
 
 async def test_one_switches_at_a_time(store: Store, other: Store) -> None:
-    assert await store.claim("movies", "one", ttl=10) == "one"
-    assert await other.claim("movies", "two", ttl=10) == "one"
-    assert await other.claim("books", "two", ttl=10) == "two"
-    await other.release("movies", "two")  # not his to give back
-    assert await store.claim("movies", "one", ttl=0.05) == "one"
+    assert await store.leases.claim("movies", "one", ttl=10) == "one"
+    assert await other.leases.claim("movies", "two", ttl=10) == "one"
+    assert await other.leases.claim("books", "two", ttl=10) == "two"
+    await other.leases.release("movies", "two")  # not his to give back
+    assert await store.leases.claim("movies", "one", ttl=0.05) == "one"
     await asyncio.sleep(0.1)
-    assert await other.claim("movies", "two", ttl=10) == "two"
-    await other.release("movies", "two")
-    assert await store.claim("movies", "one", ttl=10) == "one"
+    assert await other.leases.claim("movies", "two", ttl=10) == "two"
+    await other.leases.release("movies", "two")
+    assert await store.leases.claim("movies", "one", ttl=10) == "one"
 
 
 async def test_a_job_is_kept_for_a_while(store: Store, other: Store) -> None:
-    await store.save_job("7", b'{"state": "running"}', ttl=0.2)
-    assert await other.job("7") == b'{"state": "running"}'
+    await store.leases.save_job("7", b'{"state": "running"}', ttl=0.2)
+    assert await other.leases.job("7") == b'{"state": "running"}'
     await asyncio.sleep(0.25)
-    assert await other.job("7") is None
+    assert await other.leases.job("7") is None
 
 
 # Scanning
@@ -589,7 +702,7 @@ async def test_a_hung_redis_costs_no_more_than_200_ms(tmp_path: Path) -> None:
             try:
                 for name in ("get", "search", "put", "delete"):
                     failure = await fails_within(0.2, CALLS[name](store))
-                    assert "did not answer in 0.15 s" in str(failure)
+                    assert "did not answer in 0.12 s" in str(failure)
                 await asyncio.gather(*(fails_within(0.2, store.ping()) for _ in range(100)))
             finally:
                 os.kill(server.pid, signal.SIGCONT)
@@ -678,12 +791,15 @@ def plain_redis(tmp_path: Path) -> Iterator[str]:
         process.kill()
 
 
-async def test_a_redis_without_query_engine_is_refused_with_the_ways_out(plain_redis: str) -> None:
+async def test_a_mode_that_needs_the_query_engine_is_refused_without_it_with_the_ways_out(plain_redis: str) -> None:
     async with Store(plain_redis) as store:
         assert (await store.server_info()).query_engine is None
-        for call in (store.ensure_index("movies", "aa", 2), store.search("movies", "aa", turned(0), 1)):
-            with pytest.raises(ConfigError, match=r"no query engine.*Redis 8 or Redis Stack.*embedded"):
-                await call
+        with pytest.raises(
+            ConfigError, match=r"no query engine.*Redis 8 or Redis Stack.*ITEMVEC_INDEX=exact.*embedded"
+        ):
+            await store.ensure_index("movies", "aa", 2, mode="hnsw")
+        assert await store.ensure_index("movies", "aa", 2)
+        assert (await store.index_status("movies", "aa")).mode == "exact"
 
 
 async def test_no_error_tells_the_password() -> None:
@@ -696,6 +812,22 @@ async def test_no_error_tells_the_password() -> None:
 async def test_what_the_server_is(store: Store) -> None:
     info = await store.server_info()
     assert (info.version, info.query_engine, info.evicts) == ("8.2.3", "2.10.5", False)
+
+
+async def test_it_is_told_when_redis_goes_and_when_it_is_back(tmp_path: Path) -> None:
+    told: list[bool] = []
+    with EmbeddedRedis(tmp_path) as server:
+        async with Store(server.url, changed=told.append) as store:
+            await store.ping()
+            await asyncio.to_thread(kill, server)
+            for _ in range(8):
+                await fails_within(0.2, store.ping())
+            assert told == [True]
+            await asyncio.to_thread(server.start)
+            await asyncio.sleep(1.0)
+            await store.ping()
+            await store.ping()
+            assert told == [True, False]
 
 
 def test_the_breaker_opens_after_failures_in_a_row_and_lets_one_call_try_each_second() -> None:

@@ -1,0 +1,179 @@
+"""How one version's vectors are searched: `Index`, the modes, and what the query engine is told.
+
+flat    the query engine compares every vector: exact, and its cost grows with the number of items
+hnsw    the query engine walks a graph (Malkov & Yashunin 2018): nearly exact, and nearly as fast however many
+exact   every replica compares all vectors in its own memory (`service/exact.py`): any Redis or Valkey will do
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from redis import exceptions as errors
+
+from itemvec.errors import ConfigError, StoreUnavailable
+from service.attributes import HAS, Kind
+from service.conditions import Test, fields_in, query
+from service.keys import Space
+from service.link import NO_ENGINE
+
+Mode = Literal["flat", "hnsw", "exact"]
+WantedMode = Literal["auto", "flat", "hnsw", "exact"]
+Vectors = NDArray[np.float32]
+
+FLAT_UP_TO = 50_000
+"""Items up to which comparing every vector is fast enough; above it the index is a graph."""
+
+FLAT_DOWN_TO = 25_000
+"""A graph becomes flat again below this: a store whose size swings about one number is not indexed again each time."""
+
+EFFORT = 100
+"""Candidates that a graph search keeps, or k if that is more; the server's default of 10 gives recall .88."""
+
+
+class Neighbor(NamedTuple):
+    id: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    version: str
+    query_engine: str | None
+    """Version of the query engine, None where it is not loaded."""
+    run_id: str
+    """New at every start of the server, or of one of the cluster's."""
+    evicts: bool
+    """Redis may drop our keys when its memory is full."""
+    cluster: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    mode: Mode
+    dim: int
+    fields: dict[str, Kind]
+    """What a query can filter by, as `attributes.index_fields` gives it."""
+
+    number: int = 1
+    """The how-many-eth index over these vectors: the next one is filled while this one is searched."""
+
+    logged: bool = False
+    """Each write notes which vectors it changed. So an exact index follows."""
+
+    def to_bytes(self) -> bytes:
+        return orjson.dumps(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, record: bytes) -> "Index":
+        return cls(**orjson.loads(record))
+
+    def check(self, test: Test) -> None:
+        """Raises `StoreUnavailable` for a test of fields that are not indexed yet."""
+        if missing := fields_in(test) - self.fields.keys() - {HAS}:
+            names = ", ".join(sorted(field.removeprefix("f_") for field in missing))
+            raise StoreUnavailable(f"the index has no column {names} yet", retry_after=5.0)
+
+
+def choose_mode(wanted: WantedMode, items: int, server: ServerInfo, address: str, now: Mode | None = None) -> Mode:
+    """The mode for so many items; raises `ConfigError` for one that the server cannot do.
+
+    `now`: the mode it has. It is kept while the number of items is between the two bounds.
+    """
+    if server.evicts:
+        raise ConfigError(
+            f"Redis at {address} evicts keys when its memory is full, and items would vanish from "
+            "the results: set its maxmemory-policy to noeviction"
+        )
+    if wanted == "exact":
+        return "exact"
+    if server.query_engine is None or server.cluster:
+        if wanted == "auto":
+            return "exact"
+        if server.cluster:
+            raise ConfigError(f"Redis at {address} is a cluster, where the index is exact: leave ITEMVEC_INDEX at auto")
+        raise ConfigError(NO_ENGINE.format(address=address))
+    if wanted != "auto":
+        return wanted
+    return "flat" if items < (FLAT_DOWN_TO if now == "hnsw" else FLAT_UP_TO) else "hnsw"
+
+
+def create_command(space: Space, fp: str, index: Index) -> list[object]:
+    settings: list[object] = ["TYPE", "FLOAT32", "DIM", index.dim, "DISTANCE_METRIC", "COSINE"]
+    if index.mode == "hnsw":
+        settings += ["M", 16, "EF_CONSTRUCTION", 200]
+    command: list[object] = ["FT.CREATE", space.index(fp, index.number), "ON", "HASH", "PREFIX", 1, space.vectors(fp)]
+    command += ["SCHEMA", "v", "VECTOR", index.mode.upper(), len(settings), *settings]
+    for field, kind in index.fields.items():
+        if kind == "tag":
+            command += [field, "TAG", "SEPARATOR", ",", "CASESENSITIVE"]
+        elif kind == "number":
+            command += [field, "NUMERIC"]
+    return [*command, HAS, "TAG", "SEPARATOR", ",", "CASESENSITIVE"]
+
+
+def search_command(
+    space: Space,
+    fp: str,
+    index: Index,
+    vector: bytes,
+    n: int,
+    test: Test | None,
+    milliseconds: int,
+    exhaustive: bool = False,
+) -> list[object]:
+    """The n nearest of those that pass the test, in any order; `exhaustive`: not through the graph."""
+    params: list[object] = ["q", vector, "n", n]
+    which, how = "*" if test is None else f"({query(test)})", ""
+    if exhaustive:
+        # Only with a filter may the query engine be told to compare every vector: this one lets all pass.
+        which, how = f"(-@{HAS}:{{nothing}})" if test is None else which, " HYBRID_POLICY ADHOC_BF"
+    elif index.mode == "hnsw":
+        how, params = " EF_RUNTIME $ef", [*params, "ef", max(EFFORT, n)]
+    command: list[object] = ["FT.SEARCH", space.index(fp, index.number), f"{which}=>[KNN $n @v $q{how} AS d]"]
+    command += ["RETURN", 1, "d", "LIMIT", 0, n, "TIMEOUT", milliseconds, "DIALECT", 2]
+    return [*command, "PARAMS", len(params), *params]
+
+
+def read_neighbors(reply: Mapping[bytes, Any], start: int) -> list[Neighbor]:
+    """`start`: where the id begins in a key. With a warning, results are missing: not to pass for all."""
+    if warnings := reply.get(b"warning"):
+        raise StoreUnavailable("the search was cut short: " + b"; ".join(warnings).decode())
+    found = []
+    for result in reply[b"results"]:
+        score = 1.0 - float(result[b"extra_attributes"][b"d"])
+        found.append(Neighbor(result[b"id"][start:].decode(), min(1.0, max(-1.0, score))))
+    found.sort(key=lambda neighbor: (-neighbor.score, neighbor.id))
+    return found
+
+
+def checked_rows(what: str, matrix: NDArray[np.floating[Any]], count: int, dim: int) -> Vectors:
+    """The vectors as Redis keeps them. It would take wrong ones without a word and find nonsense: ValueError."""
+    if matrix.shape != (count, dim):
+        raise ValueError(f"{what} takes vectors of shape {(count, dim)}, not {matrix.shape}")
+    matrix = np.ascontiguousarray(matrix, "<f4")
+    # A length that overflows, or is too small to divide by, is as useless as none.
+    squares = np.einsum("ij,ij->i", matrix, matrix)
+    bad = np.flatnonzero(~(np.isfinite(squares) & (squares > 0)))
+    if bad.size:
+        raise ValueError(f"vector {bad[0]} for {what} has no direction: all zero, NaN or infinite")
+    return matrix
+
+
+def check_fingerprint(fp: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", fp):
+        raise ValueError(f"{fp!r} cannot be a fingerprint")
+
+
+def says_no_index(error: errors.ResponseError) -> bool:
+    text = str(error).lower()  # "no such index", "unknown index name": the words differ between versions
+    return "no such index" in text or "unknown index name" in text or "index not found" in text
+
+
+class NoIndex(StoreUnavailable):
+    def __init__(self, name: str, fp: str) -> None:
+        super().__init__(f"{name} has no index for fingerprint {fp}: that version is not loaded", retry_after=5.0)

@@ -1,0 +1,71 @@
+"""The two kinds of work of a request, encoding and calls to the store; the time they took is told to the caller
+(`Server-Timing`) and to the metrics."""
+
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from itemvec.errors import StoreUnavailable
+from itemvec.version import Encoding, ModelVersion
+from service.edge import Request
+from service.metrics import Metrics
+from service.models import INLINE_ITEMS, LoadedModels
+
+T = TypeVar("T")
+
+
+class Measured:
+    def __init__(self, models: LoadedModels, metrics: Metrics) -> None:
+        self._models, self._metrics = models, metrics
+
+    async def encode(
+        self,
+        request: Request,
+        version: ModelVersion,
+        items: Sequence[Mapping[str, Any]],
+        pointer: str,
+        cached: bool = True,
+    ) -> Encoding:
+        """Raises `InvalidItem`, with `pointer` before each of its places."""
+        work = self._models.encode(version, items, pointer, cached)
+        return await self._encoded(request, version, len(items), work)
+
+    async def encode_table(self, request: Request, version: ModelVersion, table: pa.Table, pointer: str) -> Encoding:
+        return await self._encoded(request, version, len(table), self._models.encode_table(version, table, pointer))
+
+    async def _encoded(
+        self, request: Request, version: ModelVersion, items: int, work: Coroutine[Any, Any, tuple[Encoding, float]]
+    ) -> Encoding:
+        request.model = version.ref
+        began = perf_counter()
+        # What waits for the encoder's thread need not be done if nobody waits for it.
+        encoding, waited = await (work if items <= INLINE_ITEMS else request.while_here(work))
+        request.waited(waited, perf_counter() - began - waited)
+        self._metrics.columns(version.ref, encoding.statuses)
+        return encoding
+
+    async def compute(self, request: Request, items: int, work: Callable[[], T]) -> T:
+        """Other work of the model's network, over so many items."""
+        done, waited, seconds = await self._models.compute(items, work)
+        request.waited(waited, seconds)
+        return done
+
+    @contextmanager
+    def stored(self, request: Request, operation: str) -> Iterator[None]:
+        """Around a call to the store, whether it goes well or not."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.took(request, operation, began)
+
+    def took(self, request: Request, operation: str, began: float) -> None:
+        """The same for one that is over; inside a `finally`, so that one that failed is counted as that."""
+        request.took("store", began)
+        self._metrics.store(operation, perf_counter() - began)
+        if isinstance(sys.exception(), StoreUnavailable):
+            self._metrics.store_error(operation)

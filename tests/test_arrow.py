@@ -1,0 +1,242 @@
+"""Arrow streams in and out: the numbers of JSON, and a status for every hard stream."""
+
+import struct
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+import serving
+from serving import DIM, ITEMS, TOY, TOYS, Running, assert_problem, post
+
+pytestmark = pytest.mark.anyio
+
+STREAM = "application/vnd.apache.arrow.stream"
+SENT = {"Content-Type": STREAM}
+
+
+def stream(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+async def sent(
+    service: Running, table: pa.Table | bytes, path: str = "/v1/embeddings", **headers: str
+) -> httpx.Response:
+    content = table if isinstance(table, bytes) else stream(table)
+    return await service.client.post(path, content=content, headers={**SENT, **headers})
+
+
+def received(answer: httpx.Response) -> pa.Table:
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == STREAM
+    return pa.ipc.open_stream(answer.content).read_all()
+
+
+def vectors(table: pa.Table) -> Any:
+    return np.stack(table["embedding"].to_numpy())
+
+
+# Embeddings
+
+
+async def test_a_stream_gives_the_vectors_and_the_columns_that_json_gives(toys: Running) -> None:
+    items = [TOY, {**TOY, "maker": "Nobel", "price": None}, {"tags": ["wood", "glass"], "price": 1e9}]
+    json = (await post(toys, "/v1/embeddings", {"input": items})).json()
+    answer = received(await sent(toys, pa.Table.from_pylist(items, pa.Table.from_pylist(items[:2]).schema)))
+    wanted = np.array([data["embedding"] for data in json["data"]], np.float32)
+    assert np.abs(vectors(answer) - wanted).max() <= 1e-6
+    assert [dict(row) for row in answer["columns"].to_pylist()] == [data["columns"] for data in json["data"]]
+    assert answer.schema.field("embedding").type == pa.list_(pa.float32(), DIM)
+    assert answer.schema.metadata == {b"model": b"toys@1", b"fingerprint": json["fingerprint"].encode()}
+
+
+async def test_ids_come_back_beside_their_vectors(toys: Running) -> None:
+    for name in ("sku", "id"):  # the schema's own word, and that of the API
+        table = pa.Table.from_pylist(TOYS).rename_columns([name, *pa.Table.from_pylist(TOYS).column_names[1:]])
+        answer = received(await sent(toys, table))
+        assert answer["id"].to_pylist() == list(ITEMS)
+        assert [dict(row) for row in answer["columns"].to_pylist()] == [{}] * 40
+
+
+async def test_the_header_accept_chooses_the_form_of_the_answer(toys: Running) -> None:
+    table = pa.Table.from_pylist([TOY])
+    for headers, media_type in (
+        ({}, STREAM),
+        ({"Accept": "*/*"}, STREAM),
+        ({"Accept": STREAM}, STREAM),
+        ({"Accept": "application/json"}, "application/json"),
+    ):
+        assert (await sent(toys, table, **headers)).headers["content-type"] == media_type
+    asked = {"Accept": STREAM}
+    answer = await toys.client.post("/v1/embeddings", json={"input": [TOY], "dimensions": 4}, headers=asked)
+    assert vectors(received(answer)).shape == (1, 4)
+    plain = await toys.client.post("/v1/embeddings", json={"input": [TOY]}, headers={"Accept": "*/*"})
+    assert plain.headers["content-type"] == "application/json"
+
+
+async def test_model_and_dimensions_stand_in_the_query(toys: Running) -> None:
+    table = pa.Table.from_pylist([TOY])
+    answer = received(await sent(toys, table, "/v1/embeddings?model=toys@2&dimensions=4"))
+    assert answer.schema.metadata[b"model"] == b"toys@2"
+    assert np.linalg.norm(vectors(answer)) == pytest.approx(1, abs=1e-6)
+    for query, pointer in (("dimensions=0", "/dimensions"), ("dimensions=x", "/dimensions"), ("modle=toys", "/modle")):
+        assert_problem(await sent(toys, table, "/v1/embeddings?" + query), 422, pointer)
+
+
+TYPES: dict[str, tuple[pa.Array, dict[str, Any]]] = {
+    "large text": (pa.array(["Ada"], pa.large_string()), {"maker": "Ada"}),
+    "text view": (pa.array(["Ada"], pa.string_view()), {"maker": "Ada"}),
+    "dictionary": (pa.array(["Ada"]).dictionary_encode(), {"maker": "Ada"}),
+    "large list": (pa.array([["wood", "car"]], pa.large_list(pa.string())), {"tags": ["wood", "car"]}),
+    "fixed list": (pa.array([["wood", "car"]], pa.list_(pa.string(), 2)), {"tags": ["wood", "car"]}),
+    "list of dictionary": (
+        pa.ListArray.from_arrays([0, 2], pa.array(["wood", "car"]).dictionary_encode()), {"tags": ["wood", "car"]}
+    ),
+    "list of nothing": (pa.array([[]], pa.list_(pa.null())), {"tags": []}),
+    "nothing": (pa.nulls(1), {"price": None}),
+    "whole number": (pa.array([7], pa.int8()), {"price": 7}),
+    "half float": (pa.array([7.5], pa.float16()), {"price": 7.5}),
+    "decimal": (pa.array([Decimal("7.25")]), {"price": 7.25}),
+    "not a number": (pa.array([float("nan")]), {"price": None}),
+    "date": (pa.array([date(2014, 3, 5)]), {"added": "2014-03-05"}),
+    "nanoseconds": (pa.array([1_400_000_000_123_456_789], pa.timestamp("ns")), {"added": 1_400_000_000.123456}),
+    "zoned": (
+        pa.array([datetime(2014, 3, 5, tzinfo=UTC)], pa.timestamp("s", "Europe/Berlin")),
+        {"added": "2014-03-05T00:00:00Z"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TYPES)
+async def test_every_type_that_says_the_same_gives_the_same_vector(toys: Running, case: str) -> None:
+    array, item = TYPES[case]
+    [column] = item
+    wanted = (await post(toys, "/v1/embeddings", {"input": [item]})).json()["data"][0]
+    answer = received(await sent(toys, pa.table({column: array})))
+    assert vectors(answer)[0] == pytest.approx(wanted["embedding"], abs=1e-6)
+    assert dict(answer["columns"].to_pylist()[0]) == wanted["columns"]
+    stored = await sent(toys, pa.table({"id": ["x"], column: array}), "/v1/items")
+    assert received(stored)["status"].to_pylist() == ["created"]
+    kept = (await toys.client.get("/v1/items/x")).json()
+    assert kept["embedding"] == pytest.approx(wanted["embedding"], abs=1e-6)
+
+
+async def test_a_stream_of_more_rows_than_are_encoded_at_once_keeps_its_order(toys: Running) -> None:
+    table = pa.Table.from_pylist([{"price": 5.0 + i % 40} for i in range(10_000)])
+    answer = vectors(received(await sent(toys, table)))
+    assert np.array_equal(answer[:40], answer[8000:8040])
+    assert not np.array_equal(answer[0], answer[1])
+    late = pa.table({"added": ["2014-01-01"] * 9999 + ["yesterday"]})
+    assert_problem(await sent(toys, late), 422, "/input/9999/added")
+
+
+# Items
+
+
+async def test_a_stream_of_items_is_stored_as_json_would_be(toys: Running) -> None:
+    rows = [{**toy, "shelf": i} for i, toy in enumerate(TOYS)]
+    answer = received(await sent(toys, pa.Table.from_pylist(rows), "/v1/items"))
+    assert answer["id"].to_pylist() == list(ITEMS)
+    assert set(answer["status"].to_pylist()) == {"created"}
+    assert answer["errors"].null_count == 40
+    assert dict(answer["columns"].to_pylist()[0]) == {"shelf": "ignored"}
+    kept = (await toys.client.get("/v1/items/toy%203")).json()
+    assert kept["item"] == {**TOY, "shelf": 3}
+    embedded = (await post(toys, "/v1/embeddings", {"input": [TOY]})).json()["data"][0]["embedding"]
+    assert kept["embedding"] == pytest.approx(embedded, abs=1e-6)
+
+
+async def test_a_wrong_row_is_refused_alone(toys: Running) -> None:
+    table = pa.table({"id": ["a", "b", None, "a"], "added": ["2014-01-01", "yesterday", "2014-01-01", "2014-01-01"]})
+    answer = received(await sent(toys, table, "/v1/items"))
+    assert answer["status"].to_pylist() == ["refused", "refused", "refused", "created"]
+    errors = answer["errors"].to_pylist()
+    pointers = [row and row[0]["pointer"] for row in errors]
+    assert pointers == ["/items/0/id", "/items/1/added", "/items/2/id", None]
+
+
+async def test_items_without_ids_are_refused_as_a_whole(toys: Running) -> None:
+    assert_problem(await sent(toys, pa.Table.from_pylist([TOY]), "/v1/items"), 422, "/items/id")
+
+
+# Hard streams
+
+
+def rows_without_bytes() -> bytes:
+    """A record batch of 2^40 rows that are all null: a few hundred bytes."""
+    small = stream(pa.table({"price": pa.nulls(1)}))
+    return small.replace(struct.pack("<q", 1), struct.pack("<q", 1 << 40))
+
+
+def heavy_dictionary() -> bytes:
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 60_000, pa.int16()), pa.array(["x" * 60_000]))
+    return stream(pa.table({"maker": text}))
+
+
+def spoilt() -> bytes:
+    """The second text begins where the body has ended long ago."""
+    offsets = struct.pack("<iii", 0, 3, 6)
+    return stream(pa.table({"maker": ["Ada", "Bob"]})).replace(offsets, struct.pack("<iii", 0, 1 << 30, 6))
+
+
+GOOD = stream(pa.Table.from_pylist([TOY]))
+HARD: dict[str, tuple[bytes, int, str | None]] = {
+    "nothing": (b"", 400, None),
+    "JSON": (b'{"input": []}', 400, None),
+    "noise": (bytes(range(256)) * 8, 400, None),
+    "cut off within": (GOOD[: len(GOOD) // 2], 400, None),
+    "compressed": (stream(pa.Table.from_pylist([TOY]), compression="zstd"), 400, None),
+    "compressed dictionary": (
+        stream(pa.table({"maker": pa.array(["Ada"]).dictionary_encode()}), compression="lz4"), 400, None
+    ),
+    "offsets beyond the body": (spoilt(), 400, None),
+    "no rows": (stream(pa.table({"price": pa.array([], pa.float64())})), 422, "/input"),
+    "too many rows": (stream(pa.table({"price": np.zeros(65_537)})), 422, "/input"),
+    "rows without bytes": (rows_without_bytes(), 422, "/input"),
+    "a dictionary of one long text": (heavy_dictionary(), 422, "/input/maker"),
+    "1,001 columns": (stream(pa.table({f"c{i}": [i] for i in range(1001)})), 422, "/input"),
+    "a column twice": (stream(pa.table([pa.array([1]), pa.array([2])], ["price", "price"])), 422, "/input/price"),
+    "text where a number belongs": (stream(pa.table({"price": ["1", "much"]})), 422, "/input/0/price"),
+    "numbers where a label belongs": (stream(pa.table({"maker": [1, 2]})), 422, "/input/0/maker"),
+    "numbers where a set belongs": (stream(pa.table({"tags": [1]})), 422, "/input/0/tags"),
+    "a struct": (stream(pa.table({"maker": [{"a": 1}]})), 422, "/input/maker"),
+    "bytes": (stream(pa.table({"maker": [b"Ada"]})), 422, "/input/maker"),
+    "a list of lists": (stream(pa.table({"tags": [[["wood"]]]})), 422, "/input/tags"),
+    "a time of day": (stream(pa.table({"added": pa.array([1], pa.time64("us"))})), 422, "/input/added"),
+    "a year beyond 9999": (stream(pa.table({"added": pa.array([1 << 60], pa.timestamp("us"))})), 422, "/input/added"),
+    "a day beyond 9999": (stream(pa.table({"added": pa.array([1 << 30], pa.date32())})), 422, "/input/added"),
+    "5,000 labels in a set": (stream(pa.table({"tags": [["a"], [str(i) for i in range(5000)]]})), 422, "/input/1/tags"),
+    "a set of a million nulls": (
+        stream(pa.table({"tags": pa.array([None], pa.list_(pa.null(), 1 << 20))})), 422, "/input/0/tags"
+    ),
+    "a text of 70,000 characters": (stream(pa.table({"name": ["a", "x" * 70_000]})), 422, "/input/1/name"),
+    "such a label": (stream(pa.table({"tags": [["a"], ["b", "x" * 70_000]]})), 422, "/input/1/tags"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/items"])
+async def test_a_hard_stream_has_its_status_and_its_place(toys: Running, case: str, path: str) -> None:
+    body, status, pointer = HARD[case]
+    if path == "/v1/items" and status == 422:
+        answer = await sent(toys, body, path)
+        assert answer.status_code in {200, 422}, answer.text  # a wrong value refuses its row alone, and ids are missing
+    else:
+        assert_problem(await sent(toys, body, path), status, pointer)
+
+
+async def test_a_stream_is_not_taken_where_there_is_no_table_in_it(toys: Running) -> None:
+    for path in ("/v1/similar", "/v1/decode"):
+        assert_problem(await sent(toys, GOOD, path), 415)
+
+
+async def test_the_limit_of_rows_is_a_setting(toy_registry: Any, empty_redis: str) -> None:
+    async with serving.running(toy_registry, empty_redis, max_rows=3, searchable=False) as service:
+        problem = assert_problem(await sent(service, pa.table({"price": [1.0] * 4})), 422, "/input")
+        assert "1 to 3" in problem["detail"]

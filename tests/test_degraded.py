@@ -1,0 +1,99 @@
+"""The service over a Redis that hangs or dies: what answers, what is refused and how soon, and that it recovers."""
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving
+from serving import DIM, ITEMS, TOY, Running, assert_problem, eventually, post
+
+from service.redis_server import EmbeddedRedis
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = 0.2
+"""Within which a call that needs the store is refused."""
+
+
+@pytest.fixture
+async def over_redis(tmp_path: Path, toy_registry: Path) -> AsyncIterator[tuple[Running, EmbeddedRedis]]:
+    with EmbeddedRedis(tmp_path) as server:
+        async with serving.running(toy_registry, server.url, cache="off", registry_poll_seconds=3600.0) as service:
+            await service.load()
+            yield service, server
+
+
+def hang(server: EmbeddedRedis) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+
+
+def go_on(server: EmbeddedRedis) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGCONT)
+
+
+def kill(server: EmbeddedRedis) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    while server.pid is not None:
+        time.sleep(0.005)
+
+
+def start(server: EmbeddedRedis) -> None:
+    server.start()
+
+
+def degraded(service: Running) -> float:
+    [line] = [
+        line for line in service.metrics.render().decode().splitlines() if line.startswith("itemvec_degraded_replicas")
+    ]
+    return float(line.split()[-1])
+
+
+@pytest.mark.parametrize(("stop", "resume"), [(hang, go_on), (kill, start)], ids=["hung", "dead"])
+async def test_encoding_goes_on_and_what_needs_the_store_is_refused_soon_until_redis_is_back(
+    over_redis: tuple[Running, EmbeddedRedis],
+    stop: Callable[[EmbeddedRedis], None],
+    resume: Callable[[EmbeddedRedis], None],
+) -> None:
+    service, server = over_redis
+    assert degraded(service) == 0
+    calls: dict[str, Callable[[], Any]] = {
+        "similar": lambda: post(service, "/v1/similar", {"id": "toy 3"}),
+        "similar to an item": lambda: post(service, "/v1/similar", {"item": TOY}),
+        "put": lambda: service.client.put("/v1/items/new", json=TOY),
+        "get": lambda: service.client.get("/v1/items/toy%203"),
+        "delete": lambda: service.client.delete("/v1/items/toy%204"),
+    }
+    stop(server)
+    try:
+        for name, call in list(calls.items()) * 2:
+            began = time.monotonic()
+            answer = await call()
+            took = time.monotonic() - began
+            assert_problem(answer, 503)
+            assert int(answer.headers["retry-after"]) >= 1
+            assert took < SECONDS, name
+        assert degraded(service) == 1
+        for _ in range(3):
+            began = time.monotonic()
+            answer = await post(service, "/v1/embeddings", {"input": [TOY]})
+            assert time.monotonic() - began < SECONDS
+            assert (answer.status_code, answer.json()["degraded"]) == (200, True)
+            assert len(answer.json()["data"][0]["embedding"]) == DIM
+    finally:
+        resume(server)
+
+    async def recovered() -> bool:
+        return bool((await post(service, "/v1/similar", {"id": "toy 3", "k": 39})).status_code == 200)
+
+    await eventually(recovered)
+    found = (await post(service, "/v1/similar", {"id": "toy 3", "k": 100})).json()["neighbors"]
+    assert {neighbor["id"] for neighbor in found} >= set(ITEMS) - {"toy 3", "toy 4"}  # "toy 4" as Redis had got to it
+    assert "degraded" not in (await post(service, "/v1/embeddings", {"input": [TOY]})).json()
+    assert degraded(service) == 0
