@@ -5,7 +5,8 @@ import torch
 from films import SCHEMA, table
 
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
-from training.coldstart import cold_start, popularity_matched_auc, recall_and_ndcg
+from training.colditems import popularity_matched_auc, recall_and_ndcg
+from training.coldstart import cold_start
 from training.config import TrainConfig
 from training.data import Prepared
 from training.folds import TEST, TRAIN

@@ -11,7 +11,7 @@ from training.config import CorruptionConfig, TrainConfig
 from training.data import EncodedTable, Marginals, Prepared, corrupt
 from training.folds import TEST, TRAIN, VALIDATION, fold_of
 
-NOTHING = CorruptionConfig(swap=0, mask=0, thin=0, unseen=0)
+NOTHING = CorruptionConfig(whole=0, swap=0, mask=0, thin=0, unseen=0)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_without_noise_nothing_is_damaged(transform, encoded):
 
 
 def test_swapped_and_masked_columns_are_as_frequent_as_asked(transform, encoded):
-    how = CorruptionConfig(swap=0.0, mask=0.5, thin=0, unseen=0)
+    how = CorruptionConfig(whole=0, swap=0.0, mask=0.5, thin=0, unseen=0)
     items = torch.arange(200)
     damaged = corrupt(encoded, items, items, how, transform.layout, torch.Generator().manual_seed(0))
     missing = torch.tensor([slot.base + MISSING for slot in transform.layout.bags])
@@ -98,9 +98,18 @@ def test_swapped_and_masked_columns_are_as_frequent_as_asked(transform, encoded)
     assert share.item() == pytest.approx(0.5 + 0.5 * 0.1, abs=0.05)  # and a tenth was missing before
 
 
+def test_a_share_of_the_items_stays_whole(transform, encoded):
+    how = CorruptionConfig(whole=0.3, swap=0, mask=0.8, thin=0.5, unseen=0.1)
+    items = torch.arange(200)
+    damaged = corrupt(encoded, items, items, how, transform.layout, torch.Generator().manual_seed(0))
+    clean = encoded.clean(items)
+    same = [bags(damaged, i) == bags(clean, i) for i in range(200)]
+    assert sum(same) / 200 == pytest.approx(0.3, abs=0.1)
+
+
 def test_what_is_left_of_a_set_weighs_what_serving_would_give_it(transform, encoded):
     """m distinct rows of a set weigh 1/sqrt(m) each, and unseen labels are one row, however many they are."""
-    how = CorruptionConfig(swap=0, mask=0, thin=0.4, unseen=0.4)
+    how = CorruptionConfig(whole=0, swap=0, mask=0, thin=0.4, unseen=0.4)
     items = torch.arange(200)
     _, indices, weights, lengths = corrupt(
         encoded, items, items, how, transform.layout, torch.Generator().manual_seed(1)
@@ -193,7 +202,12 @@ def test_every_kind_of_column_is_prepared_and_damaged(tmp_path):
     data = Prepared.make(columns, schema, TrainConfig(), tmp_path)
     items = torch.arange(rows)
     dense, indices, _, lengths = corrupt(
-        data.table, items, items, CorruptionConfig(swap=0.1, mask=0.4, unseen=0.2), data.layout, torch.Generator()
+        data.table,
+        items,
+        items,
+        CorruptionConfig(whole=0, swap=0.1, mask=0.4, unseen=0.2),
+        data.layout,
+        torch.Generator(),
     )
     assert torch.isfinite(dense).all() and lengths.shape == (rows, 2)
     for slot in data.layout.dense:

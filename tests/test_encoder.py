@@ -32,7 +32,7 @@ BATCH = TRANSFORM.transform_table(TABLE)
 
 def encoder(**config):
     torch.manual_seed(0)
-    return ItemEncoder(EncoderConfig(dim=8, **config), TRANSFORM.layout).eval()
+    return ItemEncoder(EncoderConfig(dim=8, **{"embedding_dim": 32} | config), TRANSFORM.layout).eval()
 
 
 def test_vectors_have_length_one():

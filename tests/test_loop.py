@@ -6,8 +6,10 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.sparse as sp
 import torch
 from films import SCHEMA, table
 
@@ -17,7 +19,8 @@ from itemvec.schema import FeatureSchema
 from training import cluster
 from training.config import ClusterConfig, CoEngageConfig, OptimizerConfig, TrainConfig
 from training.data import Prepared
-from training.folds import TRAIN, VALIDATION
+from training.folds import VALIDATION
+from training.interactions import Interactions
 from training.loop import Trainer
 from training.progress import of_columns
 
@@ -145,20 +148,20 @@ def test_a_column_may_be_called_as_the_sum_is(tmp_path):
     assert metrics["validation"]["total"] == pytest.approx(both)
 
 
-class Neighbors:
-    """Every film was liked together with the next one of its fold."""
-
-    def __init__(self, data: Prepared) -> None:
-        self._items = {fold: data.items(fold) for fold in (TRAIN, VALIDATION)}
-        self.popularity = torch.full((data.table.n,), 1 / data.table.n)
-
-    def pairs(self, count, fold, generator):
-        there = self._items[TRAIN][torch.randint(len(self._items[TRAIN]), (count,), generator=generator)]
-        return there, self._items[fold][there % len(self._items[fold])]
+def of_like_minded(data: Prepared, users: int = 300) -> Interactions:
+    """Every user liked ten of the items that have one row of the first column in common."""
+    first = data.table.rows[data.table.starts[: data.table.n * data.table.bag_count : data.table.bag_count]].numpy()
+    groups = [rows for row in np.unique(first) if len(rows := np.flatnonzero(first == row)) >= 10]
+    dice = np.random.default_rng(0)
+    liked = np.concatenate([dice.choice(groups[user % len(groups)], 10, replace=False) for user in range(users)])
+    shape = (users, data.table.n)
+    return Interactions(
+        sp.csr_matrix((np.ones(len(liked)), (np.repeat(np.arange(users), 10), liked)), shape), data.fold
+    )
 
 
 def test_interactions_are_learned_from_in_training_and_judged_on_the_validation_fold(data):
-    engaged = dataclasses.replace(data, interactions=Neighbors(data))
+    engaged = dataclasses.replace(data, interactions=of_like_minded(data))
     config = CONFIG.model_copy(update={"co_engage": CoEngageConfig(pairs=32, negatives=8)})
     trainer = Trainer(engaged, config, CPU)
     seen = []
@@ -166,6 +169,10 @@ def test_interactions_are_learned_from_in_training_and_judged_on_the_validation_
     history = list(trainer.epochs())
     assert history[-1]["train"]["co_engage"] < history[0]["train"]["co_engage"]
     assert "co_engage" in history[0]["validation"]
+    # The epoch that is kept is the one whose vectors recommend the validation rows best, whatever the losses.
+    recommended = [epoch["validation"]["cold_start"] for epoch in history]
+    assert trainer.best_epoch == recommended.index(max(recommended)) + 1
+    assert trainer.best_loss == pytest.approx(1 - max(recommended))
     validation = set(data.items(VALIDATION).tolist())
     for paired in seen:
         anchors, positives, drawn = paired[:32].tolist(), paired[32:64].tolist(), paired[64:].tolist()

@@ -4,7 +4,7 @@ A second table with a row per like: user, item, and maybe how much. An item that
 positive only of its own fold, so nothing that is learned has seen what users think of held-out items.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ class Interactions:
 
     fold: npt.NDArray[np.int8]
     """(n,)"""
+
+    _by_fold: dict[int, sp.csr_matrix] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def read(cls, url: str, config: InteractionsConfig, ids: list[str], fold: npt.NDArray[np.int8]) -> "Interactions":
@@ -107,10 +109,11 @@ class Interactions:
 
     def _of(self, fold: int) -> sp.csr_matrix:
         """(u, n) likes of the fold's items only."""
-        kept = self.likes @ sp.diags((self.fold == fold).astype(np.float32))
-        kept = kept.tocsr()
-        kept.eliminate_zeros()
-        return kept
+        if fold not in self._by_fold:
+            kept = (self.likes @ sp.diags((self.fold == fold).astype(np.float32))).tocsr()
+            kept.eliminate_zeros()
+            self._by_fold[fold] = kept
+        return self._by_fold[fold]
 
 
 def _loudness(likes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

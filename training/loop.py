@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from itemvec.encoder import Decoder, ItemEncoder
+from training.colditems import ColdItems
 from training.config import TrainConfig
 from training.data import Prepared, Tensors, corrupt
 from training.folds import TRAIN, VALIDATION
@@ -30,6 +33,10 @@ from training.start import start_from_components
 PROGRESS = "progress.jsonl"
 SECONDS_BETWEEN_STEPS_TOLD = 1.0
 VALIDATION_ROWS = 2048
+
+ENOUGH_USERS = 50
+"""Users who like validation rows, below which what they like is left to chance too much to decide anything."""
+
 CHECKPOINT = "state.pt"
 
 Metrics = dict[str, Any]
@@ -87,6 +94,7 @@ class Trainer:
         self.sparse = device.type == "cpu"  # gloo adds up sparse gradients over workers, NCCL does not
         self.task.sparse_gradients(self.sparse)
         self.model = self._distributed() if workers > 1 else self.task
+        self.cold = self._cold_items()
         self.train_items, self.validation_items = data.items(TRAIN), self._validation_items()
         self.batch = max(2, min(config.batch_size, len(self.train_items)) // workers)
         """Items a step on this worker; equal on all of them."""
@@ -116,7 +124,7 @@ class Trainer:
             trained = time.monotonic() - began
             validation = self.validate()
             self.epoch += 1
-            loss = validation["total"]
+            loss = self._badness(validation)
             self.optimization.epoch_ended(loss)
             better = loss < self.best_loss
             if not math.isfinite(loss):
@@ -212,7 +220,27 @@ class Trainer:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss) * len(part) / len(self.validation_items)
         torch.set_rng_state(state)
+        if (figures := self._recommended()) is not None:
+            sums["cold_start"] = figures
         return {"total": self.task.balance.compared(sums), **sums}
+
+    def _badness(self, validation: dict[str, float]) -> float:
+        """What decides which epoch is kept. Where there are likes that is how well the validation rows are recommended
+        to those who like training rows: losses still fall when single labels are already learned by heart."""
+        return 1 - validation["cold_start"] if "cold_start" in validation else validation["total"]
+
+    def _recommended(self) -> float | None:
+        """The mean of recall, NDCG and popularity-matched AUC of the validation rows that users liked."""
+        if self.cold is None:
+            return None
+        rows = torch.from_numpy(np.concatenate([self.cold.warm, self.cold.cold])).to(self.table.dense.device)
+        parts = (self.task.encoder.uncentred(*self._moved(self.table.clean(part))) for part in torch.split(rows, 4096))
+        vectors = torch.cat([part.float().cpu() for part in parts])
+        if self.config.encoder.centre:  # the encoder's own mean is still that of damaged rows
+            vectors = vectors - vectors[: len(self.cold.warm)].mean(0)
+        unit = functional.normalize(vectors, dim=1).numpy()
+        figures = self.cold.ranked(lambda one, other: unit[one] @ unit[other].T)
+        return sum(figures.values()) / len(figures)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -268,6 +296,12 @@ class Trainer:
             gradient = gradient.coalesce()
             torch.distributed.all_reduce(gradient)
             table.grad = gradient / self.workers
+
+    def _cold_items(self) -> ColdItems | None:
+        if self.data.interactions is None or not self.config.co_engage.weight:
+            return None
+        cold = ColdItems.of(self.data.interactions.likes, self.data.fold, VALIDATION)
+        return cold if cold is not None and len(cold.liked) >= ENOUGH_USERS else None
 
     def _validation_items(self) -> Tensor:
         items = self.data.items(VALIDATION)
