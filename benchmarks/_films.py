@@ -1,8 +1,8 @@
 """Films for `benchmarks.quality`: how embeddings of them are judged, and what needs no network of ours.
 
-Cold start: a fifth of the films, by a hash of their id, is cold, and no rating of theirs is learned from. A user is the
-mean of the warm films that they liked. Attribute: genres are held out of the columns; do neighbors share them, and can a
-linear model read them?
+Cold start: a fifth of the films, by a hash of their id, is cold, and no rating of theirs is learned from. A user is
+the mean of the warm films that they liked. Attribute: genres are held out of the columns; do neighbors share them, and
+can a linear model read them?
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional
 from itemvec.plain import PlainEncoding
 from itemvec.schema import FeatureSchema
 from training.baselines import Cosines, dense_cosines, fitted, stacked, total_variance
-from training.coldstart import popularity_matched_auc, recall_and_ndcg
+from training.colditems import popularity_matched_auc, recall_and_ndcg
 from training.folds import TEST, fold_of
 
 COLD = 51 / 256
@@ -90,7 +91,9 @@ class Films:
         items = np.array([place[i] for i in ratings.column("item_id").to_pylist()])
         users = np.asarray(ratings.column("user_id").combine_chunks().dictionary_encode().indices)
         liked = ratings.column("rating").to_numpy() >= LIKED
-        likes = sp.csr_matrix((np.ones(liked.sum(), np.float32), (users[liked], items[liked])), (users.max() + 1, len(ids)))
+        likes = sp.csr_matrix(
+            (np.ones(liked.sum(), np.float32), (users[liked], items[liked])), (users.max() + 1, len(ids))
+        )
         likes.data[:] = 1.0
         rated = np.bincount(items, minlength=len(ids)) > 0
         return cls(table, ids, likes, rated, fold_of(ids, COLD, 0.0) == TEST)
@@ -118,7 +121,11 @@ class ColdStart:
     def score(self, cosines: Cosines) -> Figures:
         scores = np.asarray(self.profile @ cosines(self.warm, self.cold), np.float32)
         recall, ndcg = recall_and_ndcg(scores, self.liked)
-        return {"recall@20": recall, "NDCG@20": ndcg, "pmAUC": popularity_matched_auc(scores, self.liked, self.popularity)}
+        return {
+            "recall@20": recall,
+            "NDCG@20": ndcg,
+            "pmAUC": popularity_matched_auc(scores, self.liked, self.popularity),
+        }
 
 
 class Genres:
@@ -166,9 +173,12 @@ def shared(cosines: Cosines, rows: npt.NDArray[np.int64], truth: Floats, k: int 
 
 
 def plain(films: Films, fit: npt.NDArray[np.bool_], without: str | None = None) -> Mapping[str, Any]:
-    """Per column the one- or multi-hot encoding of all films, fitted on the films `fit`; labels of 5 films or more."""
-    encoding = PlainEncoding.fit(films.table.filter(pa.array(fit)), schema(without, least=5), scale="standard")
-    rows = encoding.matrix(films.table)
+    """Per column the one- or multi-hot encoding of all films, fitted on the films `fit`; labels of 5 films or more. To
+    have no age rating is one too: most films that few have seen lack it."""
+    place = films.table.column_names.index("age_rating")
+    table = films.table.set_column(place, "age_rating", pc.fill_null(films.table.column(place), "none"))
+    encoding = PlainEncoding.fit(table.filter(pa.array(fit)), schema(without, least=5), scale="standard")
+    rows = encoding.matrix(table)
     wide = sp.csr_matrix((rows.data, rows.indices, rows.indptr), (len(films.ids), len(encoding.names)))
     column = np.array([name.partition("=")[0] for name in encoding.names])
     return {str(name): wide[:, column == name].tocsr() for name in dict.fromkeys(column)}
