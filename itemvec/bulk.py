@@ -23,6 +23,8 @@ class Loaded:
     reasons: list[tuple[str, str]] = field(default_factory=list)
     """(id, why) of the first refused items."""
 
+    refused_ids: set[str] = field(default_factory=set)
+
     @property
     def total(self) -> int:
         return self.created + self.updated + self.refused
@@ -65,5 +67,7 @@ def _count(done: Loaded, answer: dict[str, Any]) -> None:
     done.updated += answer["updated"]
     done.refused += answer["refused"]
     for entry in answer["items"]:
-        if entry["status"] == "refused" and len(done.reasons) < TOLD:
-            done.reasons.append((str(entry["id"]), entry["problem"]["detail"]))
+        if entry["status"] == "refused":
+            done.refused_ids.add(str(entry["id"]))
+            if len(done.reasons) < TOLD:
+                done.reasons.append((str(entry["id"]), entry["problem"]["detail"]))

@@ -53,9 +53,19 @@ def require_columns(table: pa.Table, names: Sequence[str]) -> None:
 
 def require_fit(table: pa.Table, schema: FeatureSchema, source: str = "the table") -> None:
     """Raises SchemaMismatch with every error that `check_table` finds."""
-    errors = [f"{f.column}: {f.text}" for f in check_table(table, schema) if f.level == "error"]
+    errors = [*id_errors(table, schema.id), *(e for f in schema.features for e in column_errors(table, f))]
     if errors:
         raise SchemaMismatch(source, errors)
+
+
+def id_errors(table: pa.Table, name: str) -> list[str]:
+    """What training would refuse about the id column."""
+    return [f"{name}: {text}" for level, text in _check_id(table, name) if level == "error"]
+
+
+def column_errors(table: pa.Table, feature: Feature) -> list[str]:
+    """What training would refuse about a feature's column."""
+    return [f"{feature.name}: {text}" for level, text in _check_feature(table, feature) if level == "error"]
 
 
 Said = Iterator[tuple[Literal["ok", "warning", "error"], str]]

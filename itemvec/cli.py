@@ -76,8 +76,11 @@ ORDER = {
     "encode": "Write a table one-hot, multi-hot, as integers or hashed.",
     "train": "Train a model version from an item table.",
     "retrain": "Train again, compare with the champion, publish and switch.",
+    "tune": "Search for good settings with many short trainings.",
+    "schedule": "Retrain at the times of a cron expression.",
     "evaluate": "Measure a model version on a table, and write a report.",
     "models": "List, show, promote and roll back model versions.",
+    "runs": "List and show what each retraining did.",
     "serve": "Start the HTTP service.",
     "load": "Encode a table's items and store them for similarity queries.",
     "embed": "Print the embedding of items.",
@@ -264,11 +267,15 @@ def list_models(registry: str) -> None:
 @click.argument("ref")
 @registry_option
 def show_model(ref: str, registry: str) -> None:
-    """The manifest of REF (`movies`, `movies@3`, `movies@previous`) as JSON."""
+    """The manifest of REF (`movies`, `movies@3`, `movies@previous`) as JSON, and how compatible its vectors are with
+    those of the version before (`parent`)."""
     from itemvec.registry import Registry
 
     store = Registry(registry)
-    click.echo(store.manifest(*store.resolve(ref)).model_dump_json(indent=2))
+    name, version = store.resolve(ref)
+    manifest = store.manifest(name, version).model_dump(mode="json")
+    evaluation = json.loads((store.path(name, version) / "evaluation.json").read_text(encoding="utf-8"))
+    click.echo(json.dumps({**manifest, "parent": evaluation.get("parent")}, indent=2, ensure_ascii=False))
 
 
 @models.command("promote")
@@ -296,6 +303,64 @@ def rollback_model(name: str, registry: str) -> None:
     from itemvec.registry import Registry
 
     click.echo(f"{name}@{Registry(registry).rollback(name)} is the champion again")
+
+
+@cli.group()
+def runs() -> None:
+    """List and show what each retraining did."""
+
+
+@runs.command("list")
+@click.option("--model", "name", help="Of this model only.")
+@click.option("-n", "most", default=20, show_default=True, type=click.IntRange(1), help="How many.")
+@registry_option
+def list_runs(name: str | None, most: int, registry: str) -> None:
+    """The retrainings, the newest first: what each came to, and why."""
+    from itemvec.registry import Registry
+    from itemvec.runs import Runs
+
+    store = Runs(Registry(registry))
+    found = store.of(name, most) if name else store.newest(most)
+    if not found:
+        raise click.ClickException(f"no retraining is on record in {registry}; start one: itemvec retrain TABLE")
+    grid = Table("run", "model", "state", "champion", "version", "seconds", "reason", box=None, pad_edge=False)
+    colors = {"promoted": "green", "refused": "red", "failed": "red", "interrupted": "yellow"}
+    for run in found:
+        state = f"[{colors[run.state]}]{run.state}[/]" if run.state in colors else run.state
+        spent = sum(step.seconds or 0.0 for step in run.steps)
+        versions = ["" if v is None else str(v) for v in (run.champion, run.version)]
+        grid.add_row(run.id, run.model, state, *versions, f"{spent:.1f}", escape(run.reason))
+    console().print(grid)
+
+
+@runs.command("show")
+@click.argument("run_id", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="The record itself.")
+@registry_option
+def show_run(run_id: str, as_json: bool, registry: str) -> None:
+    """The steps of a retraining, how long each took, and what the gate measured."""
+    from itemvec.registry import Registry
+    from itemvec.runs import Runs
+
+    run = Runs(Registry(registry)).get(run_id)
+    if as_json:
+        click.echo(run.model_dump_json(indent=2))
+        return
+    click.echo(f"{run.model}: {run.state}" + (f", {run.reason}" if run.reason else ""))
+    click.echo(f"table {run.table}, by {run.by}" + (f", in {run.tries} tries" if run.tries > 1 else ""))
+    grid = Table("step", "", "began", "seconds", "", box=None, pad_edge=False)
+    for step in run.steps:
+        took = "" if step.seconds is None else f"{step.seconds:.1f}"
+        grid.add_row(step.name, step.state, f"{step.started_at:%Y-%m-%d %H:%M:%S}", took, escape(step.said))
+    console().print(grid)
+    if run.checks:
+        grid = Table("check", "new", "champion", "limit", "", box=None, pad_edge=False)
+        for check in run.checks:
+            beside = "" if check["champion"] is None else f"{check['champion']:.4g}"
+            limit = f"{'at most' if check['at_most'] else 'at least'} {check['limit']:.4g}"
+            passed = "passed" if check["passed"] else f"[red]failed[/] {escape(check['why'])}"
+            grid.add_row(escape(check["name"]), f"{check['new']:.4g}", beside, limit, passed)
+        console().print(grid)
 
 
 @cli.command()

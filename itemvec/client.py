@@ -17,6 +17,12 @@ ARROW = "application/vnd.apache.arrow.stream"
 ROWS = 8192
 """Of a table, in one request: some MB."""
 
+FIRST_WAIT, LONGEST_WAIT = 0.02, 0.5
+"""Seconds between two looks at a job: a rollback has ended at the first."""
+
+Progress = Callable[[dict[str, Any]], None]
+"""Gets a job as it goes on."""
+
 
 class ServiceUnreachable(ItemvecError):
     def __init__(self, url: str, why: str) -> None:
@@ -106,17 +112,37 @@ class Client:
         columns: dict[str, Any] = self.call("GET", f"/v1/items/{_segment(item_id)}?model={quote(model)}")["item"]
         return columns
 
-    def switch(self, name: str, version: int, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
-        """Makes the service serve `version`, and returns when it does. `progress` gets the job as it goes on."""
+    def delete(self, item_id: str, model: str) -> bool:
+        """Whether there was such an item."""
+        try:
+            self.call("DELETE", f"/v1/items/{_segment(item_id)}?model={quote(model)}")
+        except ServiceProblem as problem:
+            if problem.status == 404:
+                return False
+            raise
+        return True
+
+    def switch(self, name: str, version: int, progress: Progress = lambda _: None) -> dict[str, Any]:
+        """Makes the service serve `version`, and returns the job when it does. `progress` gets it as it goes on."""
         started = self.call("PUT", f"/v1/models/{quote(name)}/aliases/champion", {"version": version})
-        job = started["job"]
+        return self._ended(started["job"], f"switch to {name}@{version}", progress)
+
+    def backfill(self, name: str, version: int, progress: Progress = lambda _: None) -> dict[str, Any]:
+        """Makes `version` searchable beside what is served, and returns the job when it is."""
+        started = self.call("POST", f"/v1/models/{quote(name)}/backfill", {"version": version})
+        return self._ended(started["job"], f"backfill of {name}@{version}", progress)
+
+    def _ended(self, job: dict[str, Any], what: str, progress: Progress) -> dict[str, Any]:
+        wait = FIRST_WAIT
         while job["state"] == "running":
             progress(job)
-            time.sleep(0.25)
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
             job = self.call("GET", f"/v1/jobs/{job['id']}")
         progress(job)
         if job["state"] != "succeeded":
-            raise ServiceProblem(f"switch to {name}@{version}", 500, job.get("problem") or {})
+            raise ServiceProblem(what, 500, job.get("problem") or {})
+        return job
 
 
 def _segment(item_id: str) -> str:

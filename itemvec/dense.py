@@ -102,6 +102,7 @@ class NumericColumn(DenseColumn):
         """Quantiles of the training values, each once: where the rank is known, and where the bins meet."""
         self._ranks = np.linspace(0, 1, len(self.knots))
         self.bins = max(len(self.edges) - 1, 0)
+        self._bin_widths = np.diff(self.edges)
         self.width = 2 + self.bins
 
     @property
@@ -130,12 +131,14 @@ class NumericColumn(DenseColumn):
     def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
         numbers = self._numbers(values, number, "a number", self.low, self.high, notes)
         out = np.zeros((len(values), self.width), np.float32)
-        present = ~np.isnan(numbers)
-        out[present, 0] = (self._scaled(numbers[present]) - self.mean) / self.std
+        out[:, 0] = (self._scaled(numbers) - self.mean) / self.std
         if self.bins:
-            below, above = self.edges[:-1], self.edges[1:]
-            out[present, 1:-1] = ((numbers[present, None] - below) / (above - below)).clip(0, 1)
-        out[:, -1] = ~present
+            parts = (numbers[:, None] - self.edges[:-1]) / self._bin_widths
+            out[:, 1:-1] = np.minimum(np.maximum(parts, 0.0, out=parts), 1.0, out=parts)
+        missing = np.isnan(numbers)
+        if missing.any():
+            out[missing] = 0.0
+            out[missing, -1] = 1.0
         return out
 
     def decode(self, floats: npt.NDArray[np.floating[Any]]) -> float:

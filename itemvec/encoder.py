@@ -44,7 +44,7 @@ class EncoderConfig(BaseModel):
     dim: Annotated[int, Field(ge=2, le=4096)] = 64
     """Numbers in the embedding. 64 float32 are 256 bytes an item; below 16 the columns crowd each other out."""
 
-    embedding_dim: Width = 32
+    embedding_dim: Width = 64
     """Width of the shared table, and of a column's part of the input. Columns of few labels use less of it
     (`feature_width`)."""
 
@@ -85,7 +85,7 @@ class EncoderConfig(BaseModel):
     had of the whole vector: on films its neighbors are better than those of trained prefixes, and the whole vector
     loses nothing. Trained ones are read back with a lower loss."""
 
-    decoder_hidden: tuple[Width, ...] = (64,)
+    decoder_hidden: tuple[Width, ...] = (128,)
     """Widths of the decoder's layers, used in training, evaluation and `/v1/decode` only. It has a row as wide as the
     last for every label, and that is most of a training step's work; on films 128 was no better."""
 
@@ -195,8 +195,8 @@ class ItemEncoder(nn.Module):
 
     def uncentred(self, dense: Tensor, indices: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
         """(n, dim) before the mean is subtracted."""
-        ends = lengths.reshape(-1).cumsum(0)
-        offsets = functional.pad(ends[:-1], (1, 0)) if len(ends) else ends
+        lengths = lengths.reshape(-1)
+        offsets = lengths.cumsum(0) - lengths
         bags = functional.embedding_bag(
             indices,
             self.table,

@@ -8,7 +8,8 @@
     |-- InvalidItem              items with values of the wrong type; names each one by a JSON pointer
     |-- RegistryError            the registry cannot do what was asked
     |   |-- ModelNotFound        no model of that name
-    |   `-- VersionNotFound      the model has no such version or alias
+    |   |-- VersionNotFound      the model has no such version or alias
+    |   `-- RunNotFound          no retraining of that id
     |-- VersionCorrupt           a model version that does not match its own manifest or golden rows
     |-- ItemNotFound             the store holds no such item
     `-- StoreUnavailable         Redis is down, slow, or cannot do what is needed
@@ -72,6 +73,11 @@ class VersionNotFound(RegistryError):
     def __init__(self, name: str, wanted: str | int, known: Sequence[int]) -> None:
         there = ", ".join(map(str, known)) if known else "none"
         super().__init__(f"model {name!r} has no version {wanted!r}; there is {there}")
+
+
+class RunNotFound(RegistryError):
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"no run {run_id!r}; `itemvec runs list` has those that there are")
 
 
 class VersionCorrupt(ItemvecError):

@@ -175,7 +175,13 @@ class FeatureTransform:
     def fit(cls, table: pa.Table, schema: FeatureSchema, source: str = "the table") -> "FeatureTransform":
         """Raises SchemaMismatch, with every error that `itemvec schema check` would show."""
         require_fit(table, schema, source)
-        return cls(schema, [_column_of(f).fit(f, undictionaried(table.column(f.name))) for f in schema.features])
+        return cls(schema, [cls.fit_column(f, undictionaried(table.column(f.name))) for f in schema.features])
+
+    @staticmethod
+    def fit_column(feature: AnyFeature, values: pa.ChunkedArray) -> Column:
+        """One column of a table that was checked."""
+        fitted: Column = _column_of(feature).fit(feature, values)
+        return fitted
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.feature.name == name)
@@ -212,8 +218,9 @@ class FeatureTransform:
                 status.update(dict.fromkeys(ignored, "ignored"))
         return Encoded(batch, notes.statuses)
 
-    def transform_table(self, table: pa.Table) -> Batch:
-        """The same numbers for a whole table, chunk by chunk. Raises SchemaMismatch (absent column, wrong type)."""
+    def transform_table(self, table: pa.Table, first: int = 0) -> Batch:
+        """The same numbers for a whole table, chunk by chunk. Raises SchemaMismatch (absent column, wrong type), which
+        counts rows from `first`."""
         names = [f.name for f in self.schema.features]
         require_columns(table, names)
         batches = []
@@ -221,7 +228,9 @@ class FeatureTransform:
             try:
                 batches.append(self.transform_arrow(table.select(names).slice(start, CHUNK)).batch)
             except InvalidItem as invalid:
-                raise SchemaMismatch("the table", [_of_row(error, start) for error in invalid.errors[:5]]) from None
+                raise SchemaMismatch(
+                    "the table", [_of_row(error, first + start) for error in invalid.errors[:5]]
+                ) from None
         return Batch.concatenate(batches)
 
     def _encode(self, values: Mapping[str, Sequence[Any]], n: int, notes: Notes) -> Batch:
@@ -236,6 +245,15 @@ class FeatureTransform:
         """From column by column to item by item."""
         if not bags:
             return np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((n, 0), np.int32)
+        if n == 1:  # the same in either order, and most requests have one item
+            alone = [
+                (row + base, b.weights[0]) for b, base in zip(bags, self._bases.tolist(), strict=True) for row in b.rows
+            ]
+            return (
+                np.array([row for row, _ in alone], np.int64),
+                np.array([weight for _, weight in alone], np.float32),
+                np.array([[len(b.rows) for b in bags]], np.int32),
+            )
         sizes = [len(b.rows) for b in bags]
         by_column = np.concatenate([np.array(b.rows, np.int64) for b in bags]) + np.repeat(self._bases, sizes)
         lengths = np.array([b.lengths for b in bags], np.int64)  # (F, n)

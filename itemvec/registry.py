@@ -2,6 +2,7 @@
 
     ROOT/movies/versions/1/ 2/ 3/     model versions, each whole or absent, never edited
     ROOT/movies/aliases.json          {"champion": 3, "previous": 2}
+    ROOT/movies/runs/                 what each retraining did (`itemvec/runs.py`)
 
 A root is a folder or an fsspec URL (`itemvec/roots.py`).
 """
@@ -35,20 +36,20 @@ class Registry:
 
     def __init__(self, root: str | Path) -> None:
         self.url = str(root)
-        self._root = open_root(root)
+        self.root = open_root(root)
 
     def names(self) -> list[str]:
-        return self._root.names()
+        return self.root.names()
 
     def versions(self, name: str) -> list[int]:
         """Published versions, oldest first. Raises ModelNotFound."""
-        versions = self._root.versions(name) if _REF.fullmatch(name) else None
+        versions = self.root.versions(name) if _REF.fullmatch(name) else None
         if versions is None:
             raise ModelNotFound(name, self.names())
         return versions
 
     def aliases(self, name: str) -> dict[str, int]:
-        content = self._root.read(name, _ALIASES_FILE)
+        content = self.root.read(name, _ALIASES_FILE)
         try:
             return _Aliases.validate_json(content) if content is not None else {}
         except ValueError:
@@ -70,12 +71,12 @@ class Registry:
         """A local folder with the version's files."""
         if version not in (versions := self.versions(name)):
             raise VersionNotFound(name, version, versions)
-        return self._root.fetch(name, version)
+        return self.root.fetch(name, version)
 
     def manifest(self, name: str, version: int) -> Manifest:
         if version not in (versions := self.versions(name)):
             raise VersionNotFound(name, version, versions)
-        content = self._root.read(name, f"versions/{version}/{MANIFEST}")
+        content = self.root.read(name, f"versions/{version}/{MANIFEST}")
         return parse_manifest(content or b"", f"{name}@{version}")
 
     def load(self, ref: str, device: str = "cpu") -> ModelVersion:
@@ -87,12 +88,12 @@ class Registry:
 
         If `write` fails nothing is published, and its number is not used again.
         """
-        version = self._root.claim(name)
-        draft = self._root.draft(name)
+        version = self.root.claim(name)
+        draft = self.root.draft(name)
         try:
             write(draft, version)
             read_manifest(draft)
-            self._root.publish(draft, name, version)
+            self.root.publish(draft, name, version)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -125,16 +126,26 @@ class Registry:
         self.promote(name, previous)
         return previous
 
+    def remove(self, name: str, version: int) -> None:
+        """Removes a version for good; its number is not used again. Raises RegistryError if an alias names it."""
+        if version not in (versions := self.versions(name)):
+            raise VersionNotFound(name, version, versions)
+        with self.root.lock(name):
+            held = [alias for alias, named in self.aliases(name).items() if named == version]
+            if held:
+                raise RegistryError(f"{name}@{version} is the {held[0]}: it cannot be removed")
+            self.root.remove(name, version)
+
     @contextlib.contextmanager
     def _edited_aliases(self, name: str, version: int) -> Iterator[dict[str, int]]:
         if version not in (versions := self.versions(name)):
             raise VersionNotFound(name, version, versions)
-        with self._root.lock(name):
+        with self.root.lock(name):
             aliases = self.aliases(name)
             before = dict(aliases)
             yield aliases
             if aliases != before:
-                self._root.replace(name, _ALIASES_FILE, json.dumps(aliases, indent=1).encode())
+                self.root.replace(name, _ALIASES_FILE, json.dumps(aliases, indent=1).encode())
 
 
 def _known(alias: str) -> str:

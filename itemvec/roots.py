@@ -58,6 +58,22 @@ class Root(ABC):
         """In one step: a reader sees the old content or the new one."""
 
     @abstractmethod
+    def create(self, name: str, file: str, content: bytes) -> bool:
+        """Whether this process was the one that made the file."""
+
+    @abstractmethod
+    def files(self, name: str, folder: str) -> list[str]:
+        """Names of the files in a folder of the model; none where there is no such folder."""
+
+    @abstractmethod
+    def delete(self, name: str, file: str) -> None:
+        """One that is gone already is no error."""
+
+    @abstractmethod
+    def remove(self, name: str, version: int) -> None:
+        """A version, in such an order that a reader finds it whole or not at all."""
+
+    @abstractmethod
     def lock(self, name: str) -> contextlib.AbstractContextManager[Any]: ...
 
 
@@ -108,12 +124,42 @@ class FolderRoot(Root):
             return None
 
     def replace(self, name: str, file: str, content: bytes) -> None:
-        with tempfile.NamedTemporaryFile(dir=self.root / name, prefix=f".{file}-", delete=False) as new:
+        path = self.root / name / file
+        self._written(path, content).replace(path)
+
+    def create(self, name: str, file: str, content: bytes) -> bool:
+        path = self.root / name / file
+        new = self._written(path, content)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return False
+        finally:
+            new.unlink()
+        return True
+
+    def files(self, name: str, folder: str) -> list[str]:
+        path = self.root / name / folder
+        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+
+    def delete(self, name: str, file: str) -> None:
+        (self.root / name / file).unlink(missing_ok=True)
+
+    def remove(self, name: str, version: int) -> None:
+        folder = self.root / name / "versions"
+        gone = folder / f".removed-{version}"
+        (folder / str(version)).rename(gone)
+        shutil.rmtree(gone)
+
+    def _written(self, path: Path, content: bytes) -> Path:
+        """A file beside `path` that can be renamed to it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as new:
             new.write(content)
             new.flush()
             os.fsync(new.fileno())
         Path(new.name).chmod(0o644)
-        Path(new.name).replace(self.root / name / file)
+        return Path(new.name)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -192,7 +238,32 @@ class RemoteRoot(Root):
         return content
 
     def replace(self, name: str, file: str, content: bytes) -> None:
-        self.fs.pipe_file(str(self.root / name / file), content)
+        path = self.root / name / file
+        self.fs.makedirs(str(path.parent), exist_ok=True)
+        self.fs.pipe_file(str(path), content)
+
+    def create(self, name: str, file: str, content: bytes) -> bool:
+        path = self.root / name / file
+        self.fs.makedirs(str(path.parent), exist_ok=True)
+        try:
+            with self.fs.open(str(path), "xb") as new:
+                new.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def files(self, name: str, folder: str) -> list[str]:
+        return sorted(self._list(self.root / name / folder))
+
+    def delete(self, name: str, file: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(str(self.root / name / file))
+
+    def remove(self, name: str, version: int) -> None:
+        folder = self.root / name / "versions" / str(version)
+        self.fs.rm_file(str(folder / MANIFEST))
+        self.fs.rm(str(folder), recursive=True)
+        shutil.rmtree(self.cache / name / str(version), ignore_errors=True)
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -1,6 +1,10 @@
-"""Item tables: Parquet, CSV or JSON Lines, from a local path or any fsspec URL, into Arrow."""
+"""Item tables: Parquet, CSV or JSON Lines, from a local path or any fsspec URL, into Arrow.
+
+A table is a file, or a folder of files of one format.
+"""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -26,8 +30,95 @@ FORMATS = {
 }
 
 
+BATCH = 65_536
+"""Rows of a table that is read piece by piece."""
+
+STREAMED_BYTES = 1 << 30
+"""CSV and JSON Lines beyond are read piece by piece; below, all of a file decides what its columns are."""
+
+HASHED_BYTES = 1 << 30
+"""Tables elsewhere that are larger are told apart by what their storage says of them: to read them twice would cost
+more than to train on one that did not change."""
+
+
+def files_of(url: str) -> list[str]:
+    """The files that make up a table, by name: itself, or those of a folder and the folders in it. Raises TableError
+    where there is none, or where they are of several formats."""
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        if url.startswith(("http:", "https:")) or not fs.isdir(path):
+            return [url]
+        found = fs.find(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise TableError(f"cannot read {url}: {error}") from None
+    kept = sorted(file for file in found if _suffix(file) in FORMATS and not PurePosixPath(file).name.startswith("_"))
+    forms = {FORMATS[_suffix(file)] for file in kept}
+    if not kept:
+        raise TableError(f"no table at {url}: none of its files ends in {', '.join(FORMATS)}")
+    if len(forms) > 1:
+        raise TableError(f"{url} has files of several formats: {', '.join(sorted(forms))}; a table is of one")
+    return [fs.unstrip_protocol(file) if "://" in url else str(file) for file in kept]
+
+
 def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The table at `url`; of `columns`, if given, those that it has. Raises TableError."""
+    parts = [_read_file(file, columns) for file in files_of(url)]
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise TableError(f"{url}: its files have different columns: {' '.join(str(error).split())}") from None
+
+
+def batches(url: str, columns: Sequence[str], types: dict[str, pa.DataType] | None = None) -> Iterator[pa.RecordBatch]:
+    """The same, piece by piece and all of one type, however large the table is. `types` are what columns of large CSV
+    and JSON Lines files are read as; else their first megabytes decide. Raises TableError."""
+    schema = None
+    for file in files_of(url):
+        try:
+            for batch in _file_batches(file, columns, types or {}):
+                schema = schema or batch.schema
+                yield batch.select(schema.names).cast(schema) if batch.schema != schema else batch
+        except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+            raise TableError(
+                f"{file} is not a {FORMATS[_suffix(file)]} table that can be read like the rows before: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+
+
+def _file_batches(url: str, columns: Sequence[str], types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    form = _format(url)
+    with _open(url) as file:
+        if form == "Parquet":
+            parquet = pa.parquet.ParquetFile(file)
+            present = parquet.schema_arrow.names
+            yield from parquet.iter_batches(BATCH, columns=[c for c in columns if c in present])
+            return
+        if _size(url) <= STREAMED_BYTES:
+            yield from _read_file(url, columns).to_batches(max_chunksize=BATCH)
+            return
+        reader = _csv_stream(file, url, types) if form == "CSV" else _json_stream(file, types)
+        for batch in reader:
+            yield batch.select([c for c in columns if c in batch.schema.names])
+
+
+def _csv_stream(file: IO[bytes], url: str, types: dict[str, pa.DataType]) -> Any:
+    return pa.csv.open_csv(
+        file,
+        read_options=pa.csv.ReadOptions(block_size=JSON_BLOCK),
+        parse_options=_csv_parsing(url),
+        convert_options=pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types),
+    )
+
+
+def _json_stream(file: IO[bytes], types: dict[str, pa.DataType]) -> Any:
+    return pa.json.open_json(
+        file,
+        pa.json.ReadOptions(block_size=JSON_BLOCK),
+        pa.json.ParseOptions(explicit_schema=pa.schema(types)),
+    )
+
+
+def _read_file(url: str, columns: Sequence[str] | None) -> pa.Table:
     form = _format(url)
     try:
         with _open(url) as file:
@@ -36,7 +127,7 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
                 present = parquet.schema_arrow.names
                 return parquet.read([c for c in columns if c in present] if columns is not None else None)
             if form == "CSV":
-                table = _read_csv(file, "\t" if PurePosixPath(url).suffix.lower() == ".tsv" else ",")
+                table = _read_csv(file, _csv_parsing(url))
             else:
                 table = pa.json.read_json(file, pa.json.ReadOptions(block_size=JSON_BLOCK))
     except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -44,7 +135,11 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     return table.select([c for c in columns if c in table.column_names]) if columns is not None else table
 
 
-def _read_csv(file: IO[bytes], delimiter: str) -> pa.Table:
+def _csv_parsing(url: str) -> Any:
+    return pa.csv.ParseOptions(delimiter="\t" if _suffix(url) == ".tsv" else ",", newlines_in_values=True)
+
+
+def _read_csv(file: IO[bytes], parsing: Any) -> pa.Table:
     """Types are inferred, except that numbers written with leading zeros (`007`) are text, being codes or ids. Only
     an empty field is missing: `NA` may be Namibia."""
 
@@ -52,7 +147,7 @@ def _read_csv(file: IO[bytes], delimiter: str) -> pa.Table:
         file.seek(0)
         return pa.csv.read_csv(
             file,
-            parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            parse_options=parsing,
             convert_options=pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], **types),
         )
 
@@ -111,13 +206,43 @@ def _as_json(column: pa.Array) -> list[Any]:
 
 
 def table_digest(url: str) -> str:
-    """sha256 of the file's bytes: equal digests, equal tables."""
-    with _open(url) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    """sha256 of the file's bytes: equal digests, equal tables. Of several files, over those of each; of tables of more
+    than `HASHED_BYTES` that are not on this machine's disk, over name, size and ETag or time of each file."""
+    files = files_of(url)
+    if "://" in url and sum(map(_size, files)) > HASHED_BYTES:
+        told = [_told(file) for file in files]
+        if all(marks for *_, marks in told):
+            return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    each = []
+    for name in files:
+        with _open(name) as file:
+            each.append(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def _told(url: str) -> tuple[str, int, list[str]]:
+    """Name, size, and what else the storage says of a file that changes when the file does; maybe nothing."""
+    fs, path = fsspec.core.url_to_fs(url)
+    info = fs.info(path)
+    marks = [str(info[key]) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated") if key in info]
+    return path, int(info.get("size") or 0), marks
+
+
+def _size(url: str) -> int:
+    """Bytes; 0 where the storage does not say."""
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        return int(fs.size(path) or 0)
+    except FileNotFoundError:
+        raise TableError(f"no table at {url}") from None
+
+
+def _suffix(url: str) -> str:
+    return PurePosixPath(url).suffix.lower()
 
 
 def _format(url: str) -> str:
-    suffix = PurePosixPath(url).suffix.lower()
+    suffix = _suffix(url)
     if suffix not in FORMATS:
         raise TableError(f"cannot tell the format of {url!r} by its ending {suffix!r}; known are {', '.join(FORMATS)}")
     return FORMATS[suffix]

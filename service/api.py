@@ -14,6 +14,7 @@ import orjson
 
 from itemvec.errors import FieldError, InvalidItem, ItemNotFound, ItemvecError, ModelNotFound, StoreUnavailable
 from itemvec.registry import Registry
+from itemvec.runs import Run, Runs
 from itemvec.schema import FeatureSchema
 from itemvec.version import ModelVersion
 from service import arrow, openapi, requests, schemas
@@ -157,6 +158,15 @@ class Api:
             Operation(
                 "GET", "/v1/jobs/{id}", self.get_job, "A job and its progress", "models", "read",
                 gives={200: schemas.Job}, refuses=read,
+            ),
+            Operation(
+                "GET", "/v1/runs", self.list_runs, "The last retrainings", "models", "read",
+                gives={200: schemas.RunList}, refuses=(401, 403, 404, 422, 429, 503),
+                query={"model": "Of this model only"},
+            ),
+            Operation(
+                "GET", "/v1/runs/{id}", self.get_run, "One retraining", "models", "read",
+                gives={200: Run}, refuses=read,
             ),
             Operation("GET", "/healthz", self.healthz, "Is the process alive", "service", gives={200: schemas.Health}),
             Operation(
@@ -391,6 +401,17 @@ class Api:
         job = await self._promotions.job(requests.read_path_segment(request.params[0]))
         return Answer.json(job.shown())
 
+    async def list_runs(self, request: Request) -> Answer:
+        """What the last 50 retrainings came to, the newest first, with their steps and what the gate measured."""
+        name = request.query.get("model")
+        return Answer.json({"object": "list", "data": await self._models.in_thread(self._read_runs, name)})
+
+    async def get_run(self, request: Request) -> Answer:
+        """How far a retraining is, or what it came to and why."""
+        run_id = requests.read_path_segment(request.params[0])
+        run = await self._models.in_thread(Runs(self._models.registry).get, run_id)
+        return Answer.json(run.model_dump(mode="json"))
+
     # The service
 
     async def healthz(self, _: Request) -> Answer:
@@ -448,6 +469,13 @@ class Api:
         stored = await self._writer.upsert(version, ids, items, raws, took)
         self._metrics.columns(version.ref, [one.columns for one in stored])
         return stored
+
+    def _read_runs(self, name: str | None) -> list[dict[str, Any]]:
+        registry, runs = self._models.registry, Runs(self._models.registry)
+        if name is not None:
+            _read_model(registry, name)
+        found = runs.newest() if name is None else runs.of(name, 50)
+        return [run.model_dump(mode="json") for run in found]
 
     async def _described(self, name: str) -> dict[str, Any]:
         """A model as the registry and the store know it."""

@@ -18,6 +18,7 @@ from itemvec.errors import (
     ItemvecError,
     ModelNotFound,
     RegistryError,
+    RunNotFound,
     StoreUnavailable,
     VersionNotFound,
 )
@@ -122,6 +123,7 @@ STATUS: Final[dict[type[ItemvecError], HTTPStatus]] = {
     ItemNotFound: HTTPStatus.NOT_FOUND,
     ModelNotFound: HTTPStatus.NOT_FOUND,
     VersionNotFound: HTTPStatus.NOT_FOUND,
+    RunNotFound: HTTPStatus.NOT_FOUND,
     JobNotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
     BodyTooSlow: HTTPStatus.REQUEST_TIMEOUT,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from itemvec.runs import Run
 from service.queries import DEFAULT_K, NEGATIVE_SHARE
 from service.requests import DEFAULT_TOP
 
@@ -402,6 +403,11 @@ class Job(_Answer):
 
 class JobStarted(_Answer):
     job: Job
+
+
+class RunList(_Answer):
+    object: Literal["list"]
+    data: list[Run]
 
 
 class Health(_Answer):

@@ -27,6 +27,9 @@ def check(words: Sequence[str]) -> None:
     given = 0
     while rest:
         word, *rest = rest
+        if word == "--":  # of `itemvec schedule`: what follows is for `itemvec retrain`
+            check(["retrain", *rest])
+            break
         name, equals, _ = word.partition("=")
         if not word.startswith("-"):
             given += 1

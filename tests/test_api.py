@@ -14,7 +14,9 @@ import orjson
 import pytest
 import serving
 from serving import DIM, ITEMS, JSON, TOY, Running, assert_problem, post
+from test_runs import run_of
 
+from itemvec.runs import Runs
 from itemvec.version import ModelVersion
 
 pytestmark = pytest.mark.anyio
@@ -589,3 +591,17 @@ async def test_it_is_ready_when_the_store_holds_as_many_items_as_asked_for(toy_r
         answers.append(await service.client.get("/readyz"))
         seen = [(answer.status_code, answer.json()["store"]) for answer in answers]
         assert seen == [(503, "loading"), (503, "loading"), (200, "ok"), (200, "loading")]
+
+
+async def test_retrainings_are_listed_newest_first_and_shown(toys: Running) -> None:
+    store = Runs(toys.registry)
+    for day in ("21", "22", "23"):
+        store.save(run_of(1, f"202611{day}-031700-0a1b"))
+    listed = (await toys.client.get("/v1/runs")).json()["data"]
+    assert [run["id"][:8] for run in listed] == ["20261123", "20261122", "20261121"]
+    assert (await toys.client.get("/v1/runs?model=toys")).json()["data"] == listed
+    shown = (await toys.client.get(f"/v1/runs/{listed[0]['id']}")).json()
+    assert shown == listed[0]
+    assert (shown["state"], shown["steps"][0]["seconds"]) == ("interrupted", 1.5)
+    assert_problem(await toys.client.get("/v1/runs/20261123-031700-ffff"), 404)
+    assert_problem(await toys.client.get("/v1/runs?model=films"), 404)

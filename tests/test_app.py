@@ -1,17 +1,25 @@
 """The deployment on real Ray Serve. What the application answers is in test_api.py, which needs no Ray."""
 
+import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 import serving
 from realservice import RealService, eventually
+
+from itemvec.client import Client
+from itemvec.registry import Registry
 
 pytestmark = [
     pytest.mark.slow,
@@ -107,6 +115,66 @@ def test_a_promotion_reaches_every_replica_and_fails_no_request(real_service: Re
         assert client.get(job).json()["state"] == "succeeded", client.get(job).text
         assert set(meanwhile.result()) <= {"toys@1", "toys@2"}
     assert set(embed(real_service, 80)) == {"toys@2"}
+
+
+SWITCHES = (2, 1, 3, 2, 3, 1)
+"""Promotions and rollbacks, one after the other."""
+
+
+def test_over_many_switches_under_load_no_request_fails_and_no_answer_mixes_versions(
+    real_service: RealService, toy_registry: Path
+):
+    client, ids = real_service.client, list(serving.ITEMS)
+    items = [{"id": sku, **item} for sku, item in serving.ITEMS.items()]
+    assert client.post("/v1/items", json={"items": items}).status_code == 200
+    versions = {f"toys@{n}": Registry(toy_registry).load(f"toys@{n}") for n in (1, 2, 3)}
+    vectors = {ref: version.encode(list(serving.ITEMS.values())).vectors for ref, version in versions.items()}
+    stop, seen = threading.Event(), Counter[str]()
+
+    def checked(http: httpx.Client, path: str, body: object) -> tuple[str, dict[str, Any]]:
+        answer = http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        said = answer.json()
+        assert said["fingerprint"] == versions[said["model"]].fingerprint
+        return said["model"], said
+
+    def ask(first: int) -> Counter[str]:
+        """Embeddings and searches by turns, until it is over."""
+        asked = Counter[str]()
+        with httpx.Client(base_url=client.base_url, timeout=30.0) as http:
+            for i in itertools.count(first):
+                if stop.is_set():
+                    return asked
+                row = i % len(ids)
+                model, said = checked(http, "/v1/embeddings", {"input": [serving.ITEMS[ids[row]]]})
+                assert np.abs(np.array(said["data"][0]["embedding"]) - vectors[model][row]).max() <= 1e-5
+                asked[model] += 1
+                model, said = checked(http, "/v1/similar", {"id": ids[row], "k": 39})
+                assert len(said["neighbors"]) == 39
+                for neighbor in said["neighbors"]:
+                    cosine = vectors[model][ids.index(neighbor["id"])] @ vectors[model][row]
+                    assert abs(neighbor["score"] - cosine) <= 2e-3
+                asked[model] += 1
+        return asked
+
+    took = []
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask, 10 * i) for i in range(4)]
+        try:
+            for version in SWITCHES:
+                with Client(str(client.base_url)) as promoting:
+                    began = time.monotonic()
+                    promoting.switch("toys", version)
+                    took.append(time.monotonic() - began)
+                assert set(embed(real_service, 16)) == {f"toys@{version}"}
+        finally:
+            stop.set()
+        for one in asking:
+            seen += one.result()
+    assert set(seen) == set(versions)
+    # 3 -> 2 and 2 -> 3 have nothing to encode: the version before stays whole. Asked for a second, on a busy machine.
+    print(f"{seen.total()} answers, switches took {', '.join(f'{seconds:.2f}' for seconds in took)} s")
+    assert max(took[3:5]) < 5.0
 
 
 def test_ctrl_c_a_kill_and_a_crash_of_ray_end_every_process_and_lose_no_item(tmp_path: Path, toy_registry: Path):

@@ -11,7 +11,7 @@ from service.api import Api
 from service.config import ServiceConfig
 from service.metrics import Metrics
 from training.config import TrainConfig
-from training.retrain import GateConfig
+from training.retrain import RetrainConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 KINDS = {
@@ -90,6 +90,6 @@ def settings(model, prefix=""):
             yield prefix + name, _shown(field.default)
 
 
-@pytest.mark.parametrize(("heading", "model"), [("Settings", TrainConfig), ("Retraining", GateConfig)])
-def test_every_setting_of_training_is_documented_with_its_default(heading, model):
-    assert table_of("training.md", heading) == dict(settings(model))
+@pytest.mark.parametrize(("file", "model"), [("training.md", TrainConfig), ("retraining.md", RetrainConfig)])
+def test_every_setting_of_training_is_documented_with_its_default(file, model):
+    assert table_of(file, "Settings") == dict(settings(model))

@@ -109,7 +109,10 @@ def test_the_space_is_centred_and_in_use(evaluated, trained):
 
 
 def test_a_version_agrees_with_itself_on_all_neighbors(evaluated):
-    assert evaluated["parent"] == {"version": 1, "k": 10, "overlap": pytest.approx(1.0, abs=1e-3)}
+    whole = pytest.approx(1.0, abs=1e-3)
+    assert evaluated["parent"] == {
+        "version": 1, "k": 10, "overlap": whole, "compatibility": whole, "cross_recall": whole,
+    }  # fmt: skip
 
 
 def test_a_table_that_the_parent_cannot_read_has_no_overlap_with_it(trained):

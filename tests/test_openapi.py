@@ -9,10 +9,12 @@ import orjson
 import pytest
 import serving
 from serving import DIM, TOY, Running
+from test_runs import run_of
 
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.features import FeatureTransform
 from itemvec.registry import Registry
+from itemvec.runs import Runs
 from itemvec.schema import FeatureSchema
 from itemvec.table import read_table
 from itemvec.version import Lineage, ModelVersion
@@ -27,7 +29,7 @@ async def test_every_call_is_documented_with_its_answers(toys: Running) -> None:
         "POST /v1/embeddings", "POST /v1/similar", "PUT /v1/items/{id}", "POST /v1/items", "GET /v1/items/{id}",
         "DELETE /v1/items/{id}", "GET /v1/models", "GET /v1/models/{name}", "GET /v1/models/{name}/versions/{version}",
         "POST /v1/decode", "POST /v1/models/{name}/backfill", "PUT /v1/models/{name}/aliases/champion",
-        "GET /v1/jobs/{id}", "GET /healthz", "GET /readyz", "GET /metrics",
+        "GET /v1/jobs/{id}", "GET /v1/runs", "GET /v1/runs/{id}", "GET /healthz", "GET /readyz", "GET /metrics",
     }  # fmt: skip
     for path, methods in document["paths"].items():
         for method, call in methods.items():
@@ -44,6 +46,7 @@ async def test_every_answer_is_what_the_document_says(toys: Running) -> None:
     document = (await toys.client.get("/openapi.json")).json()
     job = (await toys.client.put("/v1/models/toys/aliases/champion", json={"version": 2})).json()["job"]
     await toys.finished(job["id"])
+    Runs(toys.registry).save(run := run_of(1))
     bulk = {"items": [{"id": "a", **TOY}, {"id": "b", "tags": 7}, {}]}
     sent: list[tuple[str, str, str, Any]] = [
         ("POST", "/v1/embeddings", "/v1/embeddings", {"input": [TOY, {"maker": "Nobel"}]}),
@@ -65,6 +68,9 @@ async def test_every_answer_is_what_the_document_says(toys: Running) -> None:
         ("GET", "/v1/models/{name}/versions/{version}", "/v1/models/toys/versions/1", None),
         ("PUT", "/v1/models/{name}/aliases/champion", "/v1/models/toys/aliases/champion", {"version": 1}),
         ("GET", "/v1/jobs/{id}", f"/v1/jobs/{job['id']}", None),
+        ("GET", "/v1/runs", "/v1/runs?model=toys", None),
+        ("GET", "/v1/runs/{id}", f"/v1/runs/{run.id}", None),
+        ("GET", "/v1/runs/{id}", "/v1/runs/none", None),
         ("GET", "/healthz", "/healthz", None),
         ("GET", "/readyz", "/readyz", None),
     ]

@@ -403,3 +403,46 @@ async def test_a_job_whose_replica_is_gone_has_failed(toys: Running) -> None:
     shown = (await toys.client.get("/v1/jobs/lost")).json()
     assert shown["state"] == "failed"
     assert "gone" in shown["problem"]["detail"]
+
+
+async def test_an_items_life_over_a_switch_ends_right_whenever_it_was_put_or_deleted(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put and deleted before, during and after a promotion and then a rollback: both versions know the same items."""
+    await toys.load()
+    scan, moments = toys.store.scan, ["before", "during", "after"]
+
+    async def live(moment: str) -> None:
+        assert (await toys.client.put(f"/v1/items/put {moment}", json={**TOY, "price": 11.5})).status_code == 201
+        assert (await toys.client.put(f"/v1/items/again {moment}", json=TOY)).status_code == 200
+        assert (await toys.client.delete(f"/v1/items/gone {moment}")).status_code == 204
+        assert (await toys.client.delete(f"/v1/items/back {moment}")).status_code == 204
+        assert (await toys.client.put(f"/v1/items/back {moment}", json=TOY)).status_code == 201
+
+    async def scan_with_life(name: str, batch: int = 500) -> Any:
+        began = False
+        async for items in scan(name, 10):
+            if not began:  # the items of this batch are read, their vectors not yet written
+                began = True
+                await live("during")
+            yield items
+
+    for moment in moments:
+        for what in ("again", "gone", "back"):
+            await toys.client.put(f"/v1/items/{what} {moment}", json={**TOY, "price": 44.0})
+    await live("before")
+    monkeypatch.setattr(toys.store, "scan", scan_with_life)
+    assert (await toys.promote(2))["state"] == "succeeded"
+    await live("after")
+
+    kept = {f"{what} {moment}": TOY for what in ("again", "back") for moment in moments}
+    kept |= {f"put {moment}": {**TOY, "price": 11.5} for moment in moments}
+    for version in (2, 1):
+        if version == 1:
+            assert (await toys.promote(1))["progress"] == {"done": 0, "total": 0}, "a rollback encodes nothing"
+        stored = np.array(await vectors_in_store(toys, version, list(kept)))
+        assert np.abs(stored - of_version(toys, version, list(kept.values()))).max() <= 1e-6
+        assert await vectors_in_store(toys, version, [f"gone {moment}" for moment in moments]) == [None] * 3
+        found = (await post(toys, "/v1/similar", {"item": TOY, "k": 100})).json()
+        assert found["model"] == f"toys@{version}"
+        assert {n["id"] for n in found["neighbors"]} == {*ITEMS, *kept}

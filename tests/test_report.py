@@ -58,11 +58,14 @@ EVALUATION = {
         "cold_items": 90,
         **dict.fromkeys(("model", *BASELINES, "chance"), LEVEL),
     },
-    "parent": {"version": 6, "k": 10, "overlap": 0.71},
+    "parent": {"version": 6, "k": 10, "overlap": 0.71, "compatibility": 0.93, "cross_recall": 0.66},
     "predict": {"revenue": {"metric": "R2", "score": 0.4, "majority": 0.0, "rows": 700}},
     "training": {"best_epoch": 3, "epochs": 3, "parameters": 12345, "history": history(NAMES)},
     "seconds": {"loop": 12.5},
-    "gate": {"champion": 6, "checks": [{"name": "effective rank", "new": 20.0, "champion": 19.0, "least": 9.5}]},
+    "gate": {
+        "champion": 6,
+        "checks": [{"name": "effective rank", "new": 20.0, "champion": 19.0, "limit": 9.5, "at_most": False}],
+    },
 }
 EXHIBITS = Exhibits(
     samples=[{"id": "tt1", "neighbors": [{"id": "tt2", "score": 0.9123}]}],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.space import effective_rank, neighbor_overlap
+from training.space import cross_recall, effective_rank, neighbor_overlap
 
 
 def test_effective_rank_of_a_line_is_1_and_of_a_ball_its_dimension():
@@ -25,3 +25,12 @@ def test_overlap_is_the_share_of_neighbors_that_two_spaces_agree_on():
 def test_a_table_of_three_items_has_two_neighbors_to_agree_on():
     vectors = torch.eye(3)
     assert neighbor_overlap(vectors, vectors, queries=3, k=10) == 1.0
+
+
+def test_cross_recall_asks_the_old_space_with_new_vectors():
+    old = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    assert cross_recall(old, old, 4, 1) == 1.0
+    # Mirrored, the first vector lies where the third was, so the third is what it finds there, and not the second; the
+    # others likewise. Among themselves they have the neighbors that they had.
+    assert cross_recall(old.flip(1), old, 4, 1) == 0.0
+    assert neighbor_overlap(old.flip(1), old, 4, 1) == 1.0

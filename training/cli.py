@@ -1,4 +1,4 @@
-"""The commands `itemvec train`, `itemvec retrain` and `itemvec evaluate`."""
+"""The commands of training: `itemvec train`, `retrain`, `schedule`, `tune`, `evaluate` and `embed-table`."""
 
 import json
 import os
@@ -9,14 +9,27 @@ from typing import Any
 import click
 import torch
 import yaml
+from click.core import ParameterSource
 
 from itemvec.cli import registry_option
-from training.config import ClusterConfig, TrainConfig, validated
+from training.config import ClusterConfig, TrainConfig
 from training.progress import Display
+
+_workers_option = click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Ray Train workers."
+)
+
+
+_config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML with settings; docs/training.md lists them.",
+)
 
 
 def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    file, folder = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
+    folder = click.Path(file_okay=False, path_type=Path)
     for option in (
         click.option(
             "--ray-address", metavar="ADDRESS", help="An existing Ray cluster; `auto` for the one of this machine."
@@ -26,9 +39,6 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="auto: GPUs, if the cluster has one for each worker.",
         ),
         click.option("--cpus-per-worker", default=1.0, show_default=True, type=click.FloatRange(0.01), metavar="N"),
-        click.option(
-            "--workers", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Ray Train workers."
-        ),
         click.option(
             "--runs", type=folder,
             help="Where a run keeps its files until it is published; for workers on several machines, storage that "
@@ -43,9 +53,6 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--epochs", type=click.IntRange(1), metavar="N",
             help="The most; training stops before when the validation rows gain nothing.",
-        ),
-        click.option(
-            "--config", "config_file", type=file, help="YAML with settings; training/config.py says what they are."
         ),
         click.option(
             "--interactions", metavar="TABLE",
@@ -74,6 +81,8 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="REF",
     help="Start from the weights of a version (`movies@3`): known labels keep what was learned of them.",
 )
+@_workers_option
+@_config_option
 @_training_options
 def train(
     table: str, schema_file: Path, promote: bool, follows: str | None, registry: str, name: str | None,
@@ -90,14 +99,11 @@ def train(
       itemvec train items.parquet --schema items.schema.yaml --epochs 20 --set corruption.mask=0.3
     """
     from itemvec.registry import Registry
-    from itemvec.schema import FeatureSchema
     from training.run import Job, alias_of_new
     from training.run import train as run_train
 
     _leave_a_core()
-    schema = FeatureSchema.load(schema_file)
-    if name is not None:
-        schema = FeatureSchema.from_yaml(schema.model_copy(update={"name": name}).to_yaml(), "--name")
+    schema = _schema(schema_file, name)
     store, config = Registry(registry), _config(options)({})
     job = Job(
         table, schema, store, _runs(runs, registry), config, _cluster(options), interactions,
@@ -114,7 +120,13 @@ def train(
 
 
 @click.command()
-@click.argument("table")
+@click.argument("table", required=False)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML with all of this and more; docs/retraining.md lists it. What is given here goes over it.",
+)
 @click.option(
     "--schema", "schema_file", type=click.Path(dir_okay=False, path_type=Path), help="[default: the champion's]"
 )
@@ -128,44 +140,188 @@ def train(
     "--gate",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What the gate allows: retrieval, column, rows or rank; may be repeated.",
+    help="What the gate allows, such as column=0.05 or latency=off; may be repeated.",
 )
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Newest versions that stay.  [default: 5]")
 @click.option("--force", is_flag=True, help="Train even if the table, the schema and the config are the champion's.")
+@_workers_option
 @_training_options
-def retrain(
-    table: str, schema_file: Path | None, url: str | None, key: str | None, gate: tuple[str, ...], force: bool,
-    registry: str, name: str | None, runs: Path | None, interactions: str | None, **options: Any,
-) -> None:  # fmt: skip
+def retrain(key: str | None, gate: tuple[str, ...], force: bool, **options: Any) -> None:
     """Train again on TABLE, and switch to the new version if it is no worse than the champion.
 
-    Both are measured on the same held-out rows. If a check fails nothing is published, the champion goes on serving,
-    and the exit status is 3. Does nothing if nothing changed since the champion; never runs twice at once. What is not
-    given here is as the champion was trained.
+    Both are measured on the same held-out rows. If a check fails the champion goes on serving, and the exit status is
+    3. Does nothing if nothing changed since the champion; never runs twice at once; goes on with a run that was killed.
+    With a service, it gets the table's new and changed rows, and switches when its items are encoded. What is not given
+    is as the champion was trained. TABLE may have a `*`: the last name in the order of the alphabet is the newest.
+
+    `itemvec runs list` shows what each run came to.
 
     As a line of a crontab, every night at 3:17:
 
     \b
-      17 3 * * * cd /srv/itemvec && .venv/bin/itemvec retrain items.parquet --url http://127.0.0.1:8000
-    """
+      17 3 * * * cd /srv/itemvec && .venv/bin/itemvec retrain --config retrain.yaml
+    """  # fmt: skip
     from itemvec.client import Client
+    from itemvec.errors import ConfigError
     from itemvec.registry import Registry
     from itemvec.schema import FeatureSchema
-    from training.retrain import GateConfig, job_like_champion
+    from training.retrain import RetrainConfig, job_like_champion, newest
     from training.retrain import retrain as run_retrain
 
     _leave_a_core()
-    schema = FeatureSchema.load(schema_file) if schema_file else None
+    over = {RETRAIN_SETTINGS[name]: options[name] for name in RETRAIN_SETTINGS if _is_given(name)}
+    over |= {f"gate.{name}": value for name, value in map(_pair, gate)}
+    config = RetrainConfig.load(options.pop("config_file"), over)
+    if config.table is None:
+        raise ConfigError("which table? Name it after `itemvec retrain`, or as `table` in the file of --config")
+    if key is None and config.key_file is not None:
+        key = _secret(config.key_file)
+    registry = config.registry or options["registry"]
     store = Registry(registry)
     job = job_like_champion(
-        table, store, _runs(runs, registry), name, schema, _config(options), _cluster(options), interactions
-    )
-    limits = validated(GateConfig, dict(_pair(text) for text in gate), "--gate")
+        newest(config.table), store, _runs(config.runs, registry), config.name,
+        FeatureSchema.load(config.schema_file) if config.schema_file else None,
+        lambda champion: TrainConfig.load(None, _over(options), champion if config.train is None else config.train),
+        config.cluster, newest(config.interactions) if config.interactions else None,
+    )  # fmt: skip
     with Display() as display:
-        if url is None:
-            run_retrain(job, limits, display, force=force)
+        if config.url is None:
+            run_retrain(job, config, display, force=force)
         else:
-            with Client(url, key) as service:
-                run_retrain(job, limits, display, service, force)
+            with Client(config.url, key) as service:
+                run_retrain(job, config, display, service, force)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("expression", metavar="CRON")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="-- RETRAIN_OPTIONS...")
+@click.option("--timezone", "zone", metavar="ZONE", help="Such as Europe/Berlin.  [default: that of the machine]")
+@click.option("--now", is_flag=True, help="One run at once, before the first time.")
+def schedule(expression: str, options: tuple[str, ...], zone: str | None, now: bool) -> None:
+    """Run `itemvec retrain` with RETRAIN_OPTIONS at the times of CRON (minute, hour, day, month, weekday), until
+    Ctrl-C.
+
+    For machines and containers that have no cron, no systemd and no Kubernetes. Each run is a process of its own; a
+    time at which the run before has not ended is left out.
+
+    \b
+      itemvec schedule "17 3 * * *" --timezone Europe/Berlin -- --config retrain.yaml
+    """
+    import subprocess
+
+    from training.schedule import command_of, follow, next_time
+
+    next_time(expression, zone)  # one that is none is said before the first run
+    command = command_of(options)
+    if now:
+        subprocess.run(command, check=False)  # noqa: S603 - our own command
+    follow(expression, command, lambda text: click.echo(text, err=True), zone)
+
+
+RETRAIN_SETTINGS = {
+    "table": "table", "schema_file": "schema_file", "name": "name", "registry": "registry", "runs": "runs",
+    "interactions": "interactions", "url": "url", "keep": "keep", "workers": "cluster.workers",
+    "cpus_per_worker": "cluster.cpus_per_worker", "device": "cluster.device", "ray_address": "cluster.address",
+}  # fmt: skip
+"""Options of `itemvec retrain` -> what they go over in the file."""
+
+
+def _is_given(option: str) -> bool:
+    """On the command line or in the environment."""
+    given = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
+    return click.get_current_context().get_parameter_source(option) in given
+
+
+def _secret(file: Path) -> str:
+    from itemvec.errors import ConfigError
+
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read the key in {file}: {error.strerror}") from None
+
+
+@click.command()
+@click.argument("table")
+@click.option(
+    "--schema",
+    "schema_file",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="What the columns are; `itemvec schema infer` writes a first one.",
+)
+@click.option(
+    "--space",
+    "space_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML: what each setting is drawn from.  [default: learning rates, layers, dropout, contrast and corruption]",
+)
+@click.option("--trials", default=20, show_default=True, type=click.IntRange(2), metavar="N", help="How many are run.")
+@click.option(
+    "--metric",
+    default="precision",
+    show_default=True,
+    type=click.Choice(["precision", "ndcg", "loss"]),
+    help="What is to be best on the validation rows: precision@10 of neighbors for hidden columns, NDCG@20 of new "
+    "items (with --interactions), or the loss.",
+)
+@click.option(
+    "--out",
+    default="tuning",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where trials.csv, best.yaml and settings.svg are written.",
+)
+@_config_option
+@_training_options
+def tune(
+    table: str, schema_file: Path, space_file: Path | None, trials: int, metric: Any, out: Path, registry: str,
+    name: str | None, runs: Path | None, interactions: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Search for good settings: many short trainings on TABLE, each with settings drawn from a space.
+
+    The first trial is of the settings as they are (--config, --set), so that the gain shows. As many run at once as Ray
+    has room for, and those that fall behind are stopped early. A search that was killed goes on when the same command
+    is given again, and with a larger --trials it goes on from where it ended. Nothing is published: train with what it
+    found.
+
+    A space names settings, each with choice, uniform, loguniform or int:
+
+    \b
+      encoder.dim: {choice: [32, 64, 128]}
+      encoder.dropout: {uniform: [0, 0.3]}
+      encoder.cross: {int: [0, 2]}
+      optimizer.learning_rate: {loguniform: [0.0005, 0.01]}
+
+    \b
+      itemvec tune items.parquet --schema items.schema.yaml --trials 30
+      itemvec tune items.parquet --schema items.schema.yaml --space space.yaml --epochs 4
+      itemvec train items.parquet --schema items.schema.yaml --config tuning/best.yaml
+    """
+    from itemvec.errors import ConfigError
+    from itemvec.registry import Registry
+    from training.run import Job
+    from training.tune import DEFAULT_SPACE, read_space
+    from training.tune import tune as run_tune
+
+    _leave_a_core()
+    try:
+        text = DEFAULT_SPACE if space_file is None else space_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the space {space_file}: {error.strerror}") from None
+    space = read_space(text, str(space_file or "the default space"))
+    job = Job(
+        table, _schema(schema_file, name), Registry(registry), _runs(runs, registry), _config(options)({}),
+        _cluster(options), interactions,
+    )  # fmt: skip
+    with Display() as display:
+        tuned = run_tune(job, space, trials, metric, display)
+        display.end_phase()
+        tuned.write(out)
+        for line in tuned.summary():
+            display.line(line)
+        display.line(f"wrote {out / 'trials.csv'}, {out / 'settings.svg'} and, for --config, {out / 'best.yaml'}")
 
 
 @click.command()
@@ -216,6 +372,53 @@ def evaluate(
         display.line(f"wrote {out / 'report.html'}")
 
 
+def _schema(file: Path, name: str | None) -> Any:
+    """The schema, under another name where one is given."""
+    from itemvec.schema import FeatureSchema
+
+    schema = FeatureSchema.load(file)
+    if name is None:
+        return schema
+    return FeatureSchema.from_yaml(schema.model_copy(update={"name": name}).to_yaml(), "--name")
+
+
+@click.command("embed-table")
+@click.argument("model", metavar="MODEL")
+@click.argument("table")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Processes, for large tables.  [default: one a core]"
+)
+@click.option(
+    "--ray-address", metavar="ADDRESS",
+    help="Embed on this Ray cluster instead, `auto` for the one of this machine; its machines share OUT and registry.",
+)  # fmt: skip
+@registry_option
+def embed_table(model: str, table: str, out: Path, workers: int | None, ray_address: str | None, registry: str) -> None:
+    """Write the vectors that MODEL (`movies`, `movies@3`) gives all items of TABLE to Parquet files in the folder OUT.
+
+    Each row has `id` and `embedding`. The same command goes on after a kill.
+
+    \b
+      itemvec embed-table movies items.parquet vectors
+      itemvec embed-table movies@3 s3://shop/items/ vectors --ray-address auto
+    """
+    from itemvec.cli import progress_bar
+    from itemvec.registry import Registry
+    from training.embed_table import embed_table as run_embed_table
+
+    with progress_bar() as bar:
+        task = bar.add_task(f"embedding with {model}", total=None)
+        done = run_embed_table(
+            table, Registry(registry), model, out, workers or os.cpu_count() or 1, ray_address,
+            lambda count, total: bar.update(task, completed=count, total=total),
+        )  # fmt: skip
+    new = done.items - done.done_before
+    click.echo(
+        f"{done.items:,} vectors of {done.model} in {out}: {new:,} now, {new / max(done.seconds, 1e-9):,.0f} items/s"
+    )
+
+
 def _followed(store: Any, ref: str, name: str, config: TrainConfig) -> int:
     """The version that `ref` names. Raises ConfigError where a run with `config` cannot start from it."""
     from itemvec.errors import ConfigError
@@ -246,16 +449,21 @@ def _leave_a_core() -> None:
 
 def _config(options: dict[str, Any]) -> Callable[[dict[str, Any]], TrainConfig]:
     """Settings of the file, or else of the champion; over them those of the command line."""
+    return lambda champion: TrainConfig.load(options["config_file"], _over(options), champion)
+
+
+def _over(options: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the command line."""
     over: dict[str, Any] = dict(_pair(text) for text in options["settings"])
     for name, option in (("epochs", "epochs"), ("encoder.dim", "dim"), ("seed", "seed")):
         if options[option] is not None:
             over[name] = options[option]
-    return lambda champion: TrainConfig.load(options["config_file"], over, champion)
+    return over
 
 
 def _cluster(options: dict[str, Any]) -> ClusterConfig:
     return ClusterConfig(
-        workers=options["workers"],
+        workers=options.get("workers", 1),
         cpus_per_worker=options["cpus_per_worker"],
         device=options["device"],
         address=options["ray_address"],

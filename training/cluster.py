@@ -50,7 +50,7 @@ class TrainingFailed(ItemvecError):
 def connected(cluster: ClusterConfig) -> Iterator[None]:
     """To the cluster at `cluster.address`, or to one of our own that ends with the block. One that this process is
     already connected to is used as it is. Raises ConfigError where there is none at the address."""
-    with _environment(ENVIRONMENT):
+    with environment(ENVIRONMENT):
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             yield
         elif cluster.address is None:
@@ -72,7 +72,7 @@ def own_cluster(num_cpus: int | None = None) -> Iterator[None]:
             token.write_text(secrets.token_hex(32))
             settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with (
-            _environment(settings),
+            environment(settings),
             _ray(
                 address="local",
                 num_cpus=num_cpus,
@@ -119,7 +119,7 @@ def _ray(**options: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
     """Sets what the user has not set, for the processes that start within the block."""
     added = [name for name in settings if name not in os.environ]
     os.environ.update({name: settings[name] for name in added})
@@ -211,8 +211,7 @@ def _room(cluster: ClusterConfig) -> dict[str, float]:
     still not after `start_seconds`: Ray Train would wait without a word."""
     import ray  # noqa: PLC0415
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    each = resources_per_worker(cluster, nodes)
+    each = resources_per_worker(cluster, alive_nodes())
     wanted = {name: amount * cluster.workers for name, amount in each.items()}
     deadline = time.monotonic() + cluster.start_seconds
     while True:
@@ -227,6 +226,13 @@ def _room(cluster: ClusterConfig) -> dict[str, float]:
         time.sleep(0.2)
 
 
+def alive_nodes() -> list[dict[str, float]]:
+    """What each node of the cluster has."""
+    import ray  # noqa: PLC0415
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def resources_per_worker(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """CPUs, and a GPU where there is one for each worker. Raises ConfigError where the nodes cannot hold the workers.
 
@@ -235,20 +241,20 @@ def resources_per_worker(cluster: ClusterConfig, nodes: Sequence[Mapping[str, fl
     """
     plain = {"CPU": cluster.cpus_per_worker}
     with_gpu = {**plain, "GPU": 1.0}
-    gpu = cluster.device == "gpu" or (cluster.device == "auto" and _held(nodes, with_gpu) >= cluster.workers)
+    gpu = cluster.device == "gpu" or (cluster.device == "auto" and held(nodes, with_gpu) >= cluster.workers)
     wanted = with_gpu if gpu else plain
-    held = _held(nodes, wanted)
-    if held < cluster.workers:
+    possible = held(nodes, wanted)
+    if possible < cluster.workers:
         total = {name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}
         raise ConfigError(
-            f"the cluster has {_listed(total)} and holds {held} of {cluster.workers} workers with {_listed(wanted)} "
-            f"each: take fewer --workers, fewer --cpus-per-worker or a larger cluster"
+            f"the cluster has {_listed(total)} and holds {possible} of {cluster.workers} workers with "
+            f"{_listed(wanted)} each: take fewer --workers, fewer --cpus-per-worker or a larger cluster"
         )
     return wanted
 
 
-def _held(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """A worker cannot be split over two nodes."""
+def held(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """How many workers the nodes hold; one cannot be split over two of them."""
     return sum(int(min(node.get(name, 0.0) / amount + ROUNDING for name, amount in each.items())) for node in nodes)
 
 

@@ -7,7 +7,7 @@ corruption: {mask: 0.3}
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -30,18 +30,43 @@ Weight = NonNegativeFloat | Literal["auto"]
 """What an objective's loss counts in the sum; `auto` leaves it to `balance`, and 0 turns the objective off."""
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def load(cls, path: Path | None, settings: dict[str, Any], default: dict[str, Any] | None = None) -> Self:
+        """The file at `path`, or else `default`, with `settings` such as {"encoder.dim": 32} over it. Raises
+        ConfigError."""
+        content: Any = copy.deepcopy(default or {})
+        if path is not None:
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except FileNotFoundError:
+                raise ConfigError(f"no config file at {path}") from None
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise ConfigError(f"cannot read the config {path}: {' '.join(str(error).split())}") from None
+            if not isinstance(content, dict):
+                raise ConfigError(f"{path} must hold settings by name; it is a {type(content).__name__}")
+        for name, value in settings.items():
+            place = content
+            *groups, last = name.split(".")
+            for group in groups:
+                place = place.setdefault(group, {})
+                if not isinstance(place, dict):
+                    raise ConfigError(f"{name}: {group} is a value, not a group of settings")
+            place[last] = value
+        return validated(cls, content, str(path or "settings"))
 
-class CorruptionConfig(_Settings):
+
+class CorruptionConfig(Settings):
     """How an item is damaged before it is encoded, so that each column has to be inferred from the others.
 
     `swap` and `mask` are of whole columns, `thin` and `unseen` of single labels.
     """
 
-    whole: Share = 0.0
-    """Items that are not damaged: what is whole is read back more exactly, and neighbors depend more on single columns."""
+    whole: Share = 0.2
+    """Items that are not damaged: what is whole is read back more exactly, and neighbors depend more on single
+    columns."""
 
     swap: Share = 0.1
     """Columns that are taken from another item: the encoder learns to doubt what does not fit the rest."""
@@ -62,7 +87,7 @@ class CorruptionConfig(_Settings):
         return self
 
 
-class ReconstructConfig(_Settings):
+class ReconstructConfig(Settings):
     weight: Weight = "auto"
     """With 0 no column can be read back."""
 
@@ -76,7 +101,7 @@ class ReconstructConfig(_Settings):
     training only."""
 
 
-class ContrastConfig(_Settings):
+class ContrastConfig(Settings):
     weight: Weight = 0.1
     """With 0 a step encodes one damaged copy of an item instead of two. It lifts neighbors over what reconstruction
     alone gives; from about 0.3 on it costs what can be read back, and gains no more. Balanced it came to 0.15 on films,
@@ -86,7 +111,7 @@ class ContrastConfig(_Settings):
     """Lower looks at the hardest of the other items only."""
 
 
-class TargetConfig(_Settings):
+class TargetConfig(Settings):
     """A column of the table that the embedding has to predict. It must not be a feature: its own value would leak."""
 
     loss: Literal["huber", "l2", "l1", "cross_entropy", "hinge"]
@@ -100,7 +125,7 @@ class TargetConfig(_Settings):
     """Against the other targets."""
 
 
-class PredictConfig(_Settings):
+class PredictConfig(Settings):
     """Targets by the names of their columns, such as {revenue: {loss: huber, scale: log}}."""
 
     weight: Weight = "auto"
@@ -112,7 +137,7 @@ class PredictConfig(_Settings):
     """Widths of the layers between embedding and prediction; `[]` asks for what a linear model can read."""
 
 
-class CoEngageConfig(_Settings):
+class CoEngageConfig(Settings):
     """Items that the same users liked attract each other; it is learned where there are interactions."""
 
     weight: Weight = "auto"
@@ -131,7 +156,7 @@ class CoEngageConfig(_Settings):
     negatives, Yang et al. 2020): without them items that nobody likes are never pushed away."""
 
 
-class InteractionsConfig(_Settings):
+class InteractionsConfig(Settings):
     """The columns of the table of interactions, a row of which says that a user met an item."""
 
     user: str = "user_id"
@@ -150,7 +175,7 @@ class InteractionsConfig(_Settings):
         return self
 
 
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Settings):
     """One method for the layers; for the tables Adam, on CPU with the gradients of the rows that a batch used."""
 
     method: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -182,7 +207,7 @@ class OptimizerConfig(_Settings):
     """Largest length of the layers' gradient."""
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     encoder: EncoderConfig = EncoderConfig()
     corruption: CorruptionConfig = CorruptionConfig()
     reconstruct: ReconstructConfig = ReconstructConfig()
@@ -215,8 +240,8 @@ class TrainConfig(_Settings):
     """Items a step, over all workers together; a table with fewer is one batch."""
 
     patience: PositiveInt = 4
-    """Epochs without a better loss on the validation rows after which training stops. The best epoch's weights are
-    kept."""
+    """Epochs without a better loss on the validation rows, or with interactions without better recommendations of
+    them, after which training stops. The best epoch's weights are kept."""
 
     test: Share = 0.1
     """Rows, by a hash of their id, that nothing is fitted or chosen on: what the evaluation is measured on. The hash
@@ -236,30 +261,6 @@ class TrainConfig(_Settings):
         if self.test + self.validation > 0.9:
             raise ValueError("test and validation together leave less than a tenth of the rows to train on")
         return self
-
-    @classmethod
-    def load(cls, path: Path | None, settings: dict[str, Any], default: dict[str, Any] | None = None) -> "TrainConfig":
-        """The file at `path`, or else `default`, with `settings` such as {"encoder.dim": 32} over it. Raises
-        ConfigError."""
-        content: Any = copy.deepcopy(default or {})
-        if path is not None:
-            try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except FileNotFoundError:
-                raise ConfigError(f"no config file at {path}") from None
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise ConfigError(f"cannot read the config {path}: {' '.join(str(error).split())}") from None
-            if not isinstance(content, dict):
-                raise ConfigError(f"{path} must hold settings by name; it is a {type(content).__name__}")
-        for name, value in settings.items():
-            place = content
-            *groups, last = name.split(".")
-            for group in groups:
-                place = place.setdefault(group, {})
-                if not isinstance(place, dict):
-                    raise ConfigError(f"{name}: {group} is a value, not a group of settings")
-            place[last] = value
-        return validated(cls, content, str(path or "settings"))
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
@@ -284,7 +285,7 @@ def _plain(mistake: Any) -> str:
 Device = Literal["auto", "cpu", "gpu"]
 
 
-class ClusterConfig(_Settings):
+class ClusterConfig(Settings):
     """Where and on what a run goes. No part of what is learned, so two runs that differ here are the same model."""
 
     workers: PositiveInt = 1

@@ -1,6 +1,5 @@
 """An item table as tensors on disk: encoded once, memory-mapped by every worker, gathered into batches.
 
-    fold_of(ids)          which fold each row belongs to, for ever
     EncodedTable          what FeatureTransform made of a table, plus two made-up items: one with every column missing,
     one
                           with every label unseen
@@ -12,10 +11,14 @@ source of some columns, mask noise the item in which all is missing.
 """
 
 import json
-from collections.abc import Mapping
+import math
+import mmap
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +26,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from itemvec.check import require_fit
-from itemvec.errors import TableError
 from itemvec.features import MISSING, OOV, Batch, FeatureTransform, Layout
 from itemvec.schema import FeatureSchema
 from training import losses, targets
 from training.config import CorruptionConfig, TrainConfig
-from training.folds import TRAIN, fold_of
+from training.folds import TRAIN
+from training.ingest import ENCODED, encode, encoded_at, fit, written_whole
 from training.interactions import Interactions
 from training.parent import Parent
 from training.targets import Target
@@ -58,6 +60,9 @@ class EncodedTable:
     slot_of_dense: Tensor
     """(D,) the dense slot that each float belongs to"""
 
+    pages: "Pages | None" = None
+    """Of the files that it is mapped from, if it is."""
+
     @property
     def n(self) -> int:
         return len(self.dense) - 2
@@ -82,25 +87,47 @@ class EncodedTable:
 
     @classmethod
     def of(cls, batch: Batch, layout: Layout) -> "EncodedTable":
-        return cls(**{name: torch.from_numpy(array) for name, array in _arrays(batch, layout).items()})
+        parts = [_arrays(part) for part in (batch, _made_up(layout))]
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        whole["starts"] = np.concatenate([[0], np.cumsum(whole.pop("lengths"), dtype=np.int64)])
+        whole["slot_of_dense"] = _slot_of_dense(layout)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in whole.items()}
+        return cls(**tensors)
 
     @staticmethod
-    def write(folder: Path, batch: Batch, layout: Layout) -> None:
+    def write(folder: Path, batches: Iterable[Batch], layout: Layout) -> None:
+        """What `open` opens, batch by batch."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, array in _arrays(batch, layout).items():
-            np.save(folder / f"{name}.npy", array)
+        bags, end = len(layout.bags), 0
+        with (
+            Appended(folder / "dense.npy", np.float32, (layout.dense_width,)) as dense,
+            Appended(folder / "rows.npy", np.int32) as rows,
+            Appended(folder / "starts.npy", np.int64) as starts,
+            Appended(folder / "weights.npy", np.float32, (bags,)) as weights,
+        ):
+            starts.append(np.zeros(1, np.int64))
+            for batch in chain(batches, [_made_up(layout)]):
+                part = _arrays(batch)
+                dense.append(part["dense"])
+                rows.append(part["rows"])
+                weights.append(part["weights"])
+                starts.append(end + np.cumsum(part["lengths"], dtype=np.int64))
+                end += len(part["rows"])
+        np.save(folder / "slot_of_dense.npy", _slot_of_dense(layout))
 
     @classmethod
     def open(cls, folder: Path) -> "EncodedTable":
         """Memory-mapped: workers of one machine share the pages, and only what a batch needs is read."""
-        # Copy-on-write rather than read-only, because torch warns of arrays that it could not write to.
-        return cls(**{name: _mapped(folder / f"{name}.npy") for name in cls.__dataclass_fields__})
+        pages = Pages()
+        mapped: dict[str, Any] = {name: pages.of(folder / f"{name}.npy") for name in TENSORS}
+        return cls(**mapped, pages=pages)
 
     def to(self, device: torch.device) -> "EncodedTable":
-        return EncodedTable(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in TENSORS}
+        return EncodedTable(**moved)
 
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
+        return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def clean(self, items: Tensor) -> Tensors:
         """The batch of these items (B,) as they are."""
@@ -108,6 +135,8 @@ class EncodedTable:
 
     def gather(self, bags: Tensor, dense: Tensor) -> Tensors:
         """bags (B, F) and dense (B, number of dense slots) name the item that each column is taken from."""
+        if self.pages is not None:
+            self.pages.touched(len(bags))
         bag = bags * self.bag_count + torch.arange(self.bag_count, device=bags.device)  # (B, F)
         start = self.starts[bag].reshape(-1)
         lengths = self.starts[bag + 1].reshape(-1) - start
@@ -124,34 +153,99 @@ class EncodedTable:
         return values, indices, weights, lengths.view(len(bags), self.bag_count)
 
 
-def _mapped(path: Path) -> Tensor:
-    empty = np.load(path, mmap_mode="r").size == 0  # a file without data cannot be mapped for writing
-    return torch.from_numpy(np.load(path, mmap_mode=None if empty else "c"))
+TENSORS = tuple(name for name in EncodedTable.__dataclass_fields__ if name != "pages")
+
+RESIDENT = 1 << 30
+"""Bytes of a mapped table that may all stay in the memory of a process."""
+
+TOUCHED = 4096
+"""Items after which the pages of a larger one are let go of. Linux maps 64 KiB around each that is touched."""
 
 
-def _arrays(batch: Batch, layout: Layout) -> dict[str, npt.NDArray[Any]]:
-    """The fields of EncodedTable, with the two made-up items behind the last row."""
-    bags = len(layout.bags)
-    bases = np.array([slot.base for slot in layout.bags], np.int64)
-    dense = np.zeros((len(batch) + 2, layout.dense_width), np.float32)
-    dense[: len(batch)] = batch.dense
+class Pages:
+    """The mapped files of a table. What is read of them counts as memory of the process for as long as it is mapped;
+    let go of, it stays in the cache of the system for as long as nothing else needs the room."""
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+        self._size = self._touched = 0
+
+    def of(self, path: Path) -> Tensor:
+        """The array in a .npy file of ours."""
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            begin = file.tell()
+            # Copy-on-write rather than read-only, because torch warns of arrays that it could not write to.
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if math.prod(shape) == 0:
+            return torch.from_numpy(np.zeros(shape, dtype))
+        self._maps.append(whole)
+        self._size += len(whole)
+        return torch.from_numpy(np.frombuffer(whole, dtype, offset=begin).reshape(shape))
+
+    def touched(self, items: int) -> None:
+        self._touched += items
+        if self._size > RESIDENT and self._touched > TOUCHED:
+            self._touched = 0
+            for whole in self._maps:
+                whole.madvise(mmap.MADV_DONTNEED)
+
+
+class Appended:
+    """A .npy file that grows: `append` adds to the first dimension, whose length is written when the file is closed."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike, width: tuple[int, ...] = ()) -> None:
+        self._dtype, self._width, self._length = np.dtype(dtype), width, 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def __enter__(self) -> "Appended":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def append(self, array: npt.NDArray[Any]) -> None:
+        self._length += len(array)
+        self._file.write(np.ascontiguousarray(array, self._dtype).data)
+
+    def _write_header(self) -> None:
+        # NumPy pads the header so that it is as long whatever the first dimension is.
+        shape = (self._length, *self._width)
+        about = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, about)
+
+
+def _arrays(batch: Batch) -> dict[str, npt.NDArray[Any]]:
+    """The fields of EncodedTable for some items, with the `lengths` of bags instead of where they begin."""
+    lengths = batch.lengths.ravel()
+    # Every row of a bag counts the same, so the weight of its last one is the bag's.
+    weights = batch.weights[np.cumsum(lengths, dtype=np.int64) - 1] if len(lengths) else np.ones(0, np.float32)
+    return {
+        "dense": batch.dense,
+        "rows": batch.indices.astype(np.int32),
+        "lengths": lengths,
+        "weights": weights.reshape(batch.lengths.shape),
+    }
+
+
+def _made_up(layout: Layout) -> Batch:
+    """The item in which all is missing, and that in which every label is unseen."""
+    dense = np.zeros((2, layout.dense_width), np.float32)
     for slot in layout.dense:
-        dense[-2:, slot.flag] = 1.0  # an unseen number is a missing one
-    lengths = np.concatenate([batch.lengths.ravel(), np.ones(2 * bags, np.int32)])
-    ends = np.cumsum(batch.lengths.ravel(), dtype=np.int64)
-    weights = np.ones((len(batch) + 2, bags), np.float32)
-    if bags:
-        # Every row of a bag counts the same, so the weight of its last one is the bag's.
-        weights[: len(batch)] = batch.weights[ends - 1].reshape(len(batch), bags)
+        dense[:, slot.flag] = 1.0  # an unseen number is a missing one
+    bases = np.array([slot.base for slot in layout.bags], np.int64)
     # Texts have no unseen labels, they are hashed: the nearest that can happen to one is to be missing.
     unseen = np.array([MISSING if slot.kind == "text" else OOV for slot in layout.bags], np.int64)
-    return {
-        "dense": dense,
-        "rows": np.concatenate([batch.indices, bases + MISSING, bases + unseen]).astype(np.int32),
-        "starts": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        "weights": weights,
-        "slot_of_dense": np.array([s for s, slot in enumerate(layout.dense) for _ in range(slot.width)], np.int64),
-    }
+    rows = np.concatenate([bases + MISSING, bases + unseen])
+    return Batch(dense, rows, np.ones(len(rows), np.float32), np.ones((2, len(bases)), np.int32))
+
+
+def _slot_of_dense(layout: Layout) -> npt.NDArray[np.int64]:
+    return np.array([s for s, slot in enumerate(layout.dense) for _ in range(slot.width)], np.int64)
 
 
 def corrupt(
@@ -222,7 +316,8 @@ class Marginals:
     """(table rows,) how many training items have each row"""
 
     centre: Tensor
-    """(D,) the constant with the least Huber loss over the present values; for a missing flag the share of missing"""
+    """(D,) the constant with the least Huber loss over the present values; for a missing flag the share of missing; 0
+    where nothing is read back"""
 
     spread: Tensor
     """(D,) that least loss, per training item; for a flag its entropy"""
@@ -246,7 +341,7 @@ class Marginals:
             share = (1 - present.double().mean()).clamp(1e-4, 1 - 1e-4)
             centre[flag] = share
             spread[flag] = -(share * share.log() + (1 - share) * (1 - share).log())
-            for column in range(slot.start, flag):
+            for column in range(slot.start, slot.start + slot.targets):
                 values = some[present, column]
                 centre[column] = losses.best_huber_constant(values)
                 spread[column] = losses.huber(values[:, None], centre[column].expand(len(values), 1)).sum() / max(
@@ -262,9 +357,6 @@ class Marginals:
         with np.load(path) as f:
             count, centre, spread = (torch.from_numpy(f[name]) for name in ("count", "centre", "spread"))
             return cls(count, centre, spread, int(f["n"]))
-
-
-MIN_TRAIN_ROWS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,39 +391,40 @@ class Prepared:
 
     @classmethod
     def make(
-        cls, table: pa.Table, schema: FeatureSchema, config: TrainConfig, folder: Path, source: str = "the table"
-    ) -> "Prepared":
-        """Raises SchemaMismatch where the table does not fit the schema, TableError where it has too few rows."""
-        require_fit(table, schema, source)
-        fold = fold_of([str(i) for i in table.column(schema.id).to_pylist()], config.test, config.validation)
-        train = np.flatnonzero(fold == TRAIN)
-        if len(train) < MIN_TRAIN_ROWS:
-            raise TableError(
-                f"{source} leaves {len(train)} of its {table.num_rows} rows to train on; {MIN_TRAIN_ROWS} are the least"
-            )
-        transform = FeatureTransform.fit(table.take(train), schema, source)
-        encoded = transform.transform_table(table)
-        aims = targets.fit(table, schema, config.predict, train)
+        cls, table: pa.Table, schema: FeatureSchema, config: TrainConfig, folder: Path, source: str = "the table",
+        copy: Path | None = None,
+    ) -> "Prepared":  # fmt: skip
+        """Where `table` is mapped from `copy`, what is encoded of it lies beside that file, and is used again where an
+        earlier run with the same schema and folds did it. Raises SchemaMismatch where the table does not fit the
+        schema, TableError where it has too few rows."""
         folder.mkdir(parents=True, exist_ok=True)
-        schema.save(folder / "schema.yaml")
-        transform.save(folder / "transform")
-        EncodedTable.write(folder / "table", encoded, transform.layout)
-        np.save(folder / "fold.npy", fold)
-        targets.save(aims, folder / "targets")
-        opened = EncodedTable.open(folder / "table")
-        marginals = Marginals.of(opened, torch.from_numpy(train), transform.layout)
-        marginals.save(folder / "marginals.npz")
-        return cls(transform, opened, fold, marginals, aims)
+        place = folder / "items" if copy is None else encoded_at(copy, schema, config.test, config.validation)
+        if not place.exists():
+            with written_whole(place) as part:
+                cls._encode(table, schema, config, part, source, copy)
+        (folder / ENCODED).write_text(os.path.relpath(place, folder))
+        fold = np.load(place / "fold.npy")
+        targets.save(targets.fit(table, schema, config.predict, np.flatnonzero(fold == TRAIN)), folder / "targets")
+        return cls.open(folder)
+
+    @staticmethod
+    def _encode(
+        table: pa.Table, schema: FeatureSchema, config: TrainConfig, folder: Path, source: str, copy: Path | None
+    ) -> None:
+        transform, fold = fit(table, schema, config.test, config.validation, folder, source, copy)
+        EncodedTable.write(folder / "table", encode(table, transform, folder, copy), transform.layout)
+        train = torch.from_numpy(np.flatnonzero(fold == TRAIN))
+        Marginals.of(EncodedTable.open(folder / "table"), train, transform.layout).save(folder / "marginals.npz")
 
     @classmethod
     def open(cls, folder: Path) -> "Prepared":
-        transform = FeatureTransform.load(folder / "transform", FeatureSchema.load(folder / "schema.yaml"))
-        marginals = Marginals.load(folder / "marginals.npz")
-        aims, fold = targets.load(folder / "targets"), np.load(folder / "fold.npy")
+        place = folder / (folder / ENCODED).read_text()
+        transform = FeatureTransform.load(place / "transform", FeatureSchema.load(place / "schema.yaml"))
+        table, marginals = EncodedTable.open(place / "table"), Marginals.load(place / "marginals.npz")
+        aims, fold = targets.load(folder / "targets"), np.load(place / "fold.npy")
         likes = Interactions.open(folder / "likes.npz", fold)
         gains = json.loads(path.read_text()) if (path := folder / "gains.json").exists() else {}
-        parent = Parent.open(folder / "parent")
-        return cls(transform, EncodedTable.open(folder / "table"), fold, marginals, aims, likes, gains, parent)
+        return cls(transform, table, fold, marginals, aims, likes, gains, Parent.open(folder / "parent"))
 
     def with_likes(self, interactions: Interactions, gains: Mapping[str, float], folder: Path) -> "Prepared":
         """The same with what users liked, also for those who open the folder."""

@@ -31,6 +31,7 @@ predict             of a run with targets, TARGET: metric, score and majority as
 training            best_epoch (kept), epochs, history: losses of each, parameters
 seconds             of each phase: read, encode, ray, workers (start), loop, evaluate
 gate                written by `itemvec retrain`: the champion it was compared with, and the checks
+profile             written by `itemvec retrain`: what values the table had (training/drift.py)
 
 `evaluate` makes the figures, `assess` adds what needs the items themselves; the run adds the last four.
 """
@@ -55,21 +56,10 @@ from itemvec.table import read_table, rows
 from itemvec.version import ModelVersion
 from training.coldstart import FITTED, cold_start
 from training.config import TrainConfig
-from training.data import MIN_TRAIN_ROWS
 from training.exhibits import Exhibits, exhibits
-from training.folds import TEST, TRAIN, VALIDATION, fold_of
-from training.judged import (
-    Floats,
-    Judged,
-    Rows,
-    Views,
-    bags_of,
-    judged_version,
-    measured_rows,
-    searched_rows,
-    some,
-    truth_of,
-)
+from training.folds import TEST, TRAIN, VALIDATION, fold_of, some
+from training.ingest import MIN_TRAIN_ROWS
+from training.judged import Floats, Judged, Rows, Views, bags_of, judged_version, measured_rows, searched_rows, truth_of
 from training.readback import read_back
 from training.retrieval import K, nested_sizes, retrieve
 from training.space import cross_recall, neighbor_overlap, space

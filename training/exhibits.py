@@ -14,7 +14,8 @@ import torch
 
 from itemvec.features import FIRST
 from itemvec.schema import FeatureSchema
-from training.judged import Floats, Judged, Rows, Views, bags_of, measured_rows, some
+from training.folds import some
+from training.judged import Floats, Judged, Rows, Views, bags_of, measured_rows
 
 SAMPLES, NEIGHBORS = 8, 5
 SAMPLED_AMONG = 20_000

@@ -1,7 +1,9 @@
 """What an evaluation looks at: a trained encoder with its decoder, and the rows that it is measured on."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from itemvec.encoder import Decoder, ItemEncoder
 from itemvec.features import FIRST, BagSlot, DenseSlot, Layout
 from itemvec.version import ModelVersion
 from training.data import EncodedTable, Marginals, Prepared
-from training.folds import TEST, TRAIN
+from training.folds import TEST, TRAIN, some
+from training.ingest import encode
 
 MEASURED = 1_000
 """Held-out rows that are measured at most; chosen by their place, so the same for every version of a model."""
@@ -51,7 +54,9 @@ def judged(data: Prepared, encoder: ItemEncoder, decoder: Decoder) -> Judged:
 def judged_version(version: ModelVersion, table: pa.Table, fold: npt.NDArray[np.int8]) -> Judged:
     """A released model with a table as its own transform sees it. Raises SchemaMismatch."""
     layout = version.transform.layout
-    encoded = EncodedTable.of(version.transform.transform_table(table), layout)
+    with tempfile.TemporaryDirectory() as place:  # what is mapped stays, and takes no name
+        EncodedTable.write(Path(place), encode(table, version.transform), layout)
+        encoded = EncodedTable.open(Path(place))
     marginals = Marginals.of(encoded, torch.from_numpy(np.flatnonzero(fold == TRAIN)), layout)
     return Judged(version.encoder, version.decoder, layout, encoded, marginals)
 
@@ -69,15 +74,6 @@ def searched_rows(fold: npt.NDArray[np.int8]) -> Rows:
     measured = measured_rows(fold)
     train = np.setdiff1d(np.flatnonzero(fold == TRAIN), measured)
     return np.concatenate([measured, some(train, max(SEARCHED - len(measured), SEARCHED // 2))])
-
-
-def some(rows: Rows, most: int) -> Rows:
-    """`most` of `rows` at most, evenly spaced.
-
-    >>> some(np.arange(7), 3)
-    array([0, 3, 6])
-    """
-    return rows[:: max(1, -(-len(rows) // most))]
 
 
 class Views:
@@ -148,9 +144,17 @@ def plain_blocks(model: Judged, items: Rows) -> dict[str, Any]:
     }
 
 
-def truth_of(model: Judged) -> dict[str, sp.csr_matrix]:
-    """Per column of labels (n, labels): who has which. The judge of retrieval, also of a model with another
-    vocabulary."""
-    return {
-        slot.name: one_hot(model, slot)[:, FIRST:] for slot in model.layout.bags if slot.kind in {"nominal", "multi"}
-    }
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Who has which label of a column: `labels[items]` is (items, labels)."""
+
+    model: Judged
+    slot: BagSlot
+
+    def __getitem__(self, items: Rows) -> sp.csr_matrix:
+        return one_hot(self.model, self.slot, items)[:, FIRST:]
+
+
+def truth_of(model: Judged) -> dict[str, Labels]:
+    """Per column of labels who has which. The judge of retrieval, also of a model with another vocabulary."""
+    return {slot.name: Labels(model, slot) for slot in model.layout.bags if slot.kind in {"nominal", "multi"}}

@@ -1,19 +1,23 @@
-"""The curves of a run, as SVG that a page can hold: no background, and text in whatever color the page writes in."""
+"""The curves of a run, as SVG that a page can hold: no background, and text in whatever color the page writes in; and
+what a search for settings found, as a picture of its own."""
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from training.progress import of_columns
+from training.tuned import Trial
 
 INK = "#012345"
 """Drawn wherever the page's own color of text is meant."""
+
+DARK, PALE = "#2f7a99", "#9bc4d4"
 
 
 def loss_curves(history: Sequence[dict[str, Any]]) -> str:
@@ -39,6 +43,28 @@ def loss_curves(history: Sequence[dict[str, Any]]) -> str:
         for one in axes:
             _finish(one)
         return _svg(figure)
+
+
+def scores_by_setting(matters: Mapping[str, float], trials: Sequence[Trial], metric: str) -> str:
+    """A dot per trial in a field per setting, those first that explain most; hollow where a trial fell behind."""
+    names, wide = list(matters), 3
+    rows = -(-len(names) // wide)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4 * wide, 2.8 * rows), layout="constrained")
+        for place, name in enumerate(names):
+            axes = figure.add_subplot(rows, wide, place + 1)
+            there = [trial for trial in trials if name in trial.settings]
+            numbers = all(isinstance(t.settings[name], int | float) for t in there)
+            values: list[Any] = [t.settings[name] if numbers else str(t.settings[name]) for t in there]
+            colors = ["none" if t.outcome == "stopped" else PALE for t in there]
+            axes.scatter(values, [t.score or 0.0 for t in there], facecolors=colors, edgecolors=DARK)
+            if numbers and values and min(values) > 0 and max(values) > 9 * min(values):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set(title=f"{name}: {matters[name]:.0%}", ylabel=metric if place % wide == 0 else "")
+        figure.suptitle("Share of the scores' variance that a setting explains alone; hollow: stopped early")
+        return _svg(figure, "white").replace("currentColor", "black")
 
 
 _STYLE: Any = {
@@ -72,9 +98,10 @@ def _shortened(name: str, longest: int = 28) -> str:
     return f" {text}" if text.startswith("_") else text  # matplotlib leaves names that begin so out of a legend
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, background: str | None = None) -> str:
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    look: Any = {"transparent": True} if background is None else {"facecolor": background}
+    figure.savefig(file, format="svg", metadata={"Date": None}, **look)
     drawn = file.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
     return re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)

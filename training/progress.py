@@ -59,28 +59,19 @@ class Display:
     def line(self, text: str) -> None:
         self.console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  {text}")
 
+    def bar(self, text: str, done: float, total: float) -> None:
+        self._bar.update(self._task, description=text, completed=done, total=total, visible=True)
+
     def told(self, metrics: dict[str, Any]) -> None:
         """A step or an epoch, as the loop tells it."""
         epochs = metrics["epochs"]
         if "step" in metrics:
             done = metrics["epoch"] + metrics["step"] / metrics["steps"]
-            self._bar.update(
-                self._task,
-                description=f"epoch {metrics['epoch'] + 1} of {epochs}",
-                completed=done,
-                total=epochs,
-                visible=True,
-            )
+            self.bar(f"epoch {metrics['epoch'] + 1} of {epochs}", done, epochs)
             return
         if metrics["epoch"] == 1:
             self._begin_loop(metrics["seconds"])
-        self._bar.update(
-            self._task,
-            description=f"epoch {metrics['epoch']} of {epochs}",
-            completed=metrics["epoch"],
-            total=epochs,
-            visible=True,
-        )
+        self.bar(f"epoch {metrics['epoch']} of {epochs}", metrics["epoch"], epochs)
         self._epoch_seconds.append(metrics["seconds"])
         left = (epochs - metrics["epoch"]) * sum(self._epoch_seconds) / len(self._epoch_seconds)
         validation = metrics["validation"]

@@ -25,7 +25,7 @@ from itemvec.encoder import Decoder, ItemEncoder, finish
 from itemvec.errors import ItemvecError
 from itemvec.registry import CHALLENGER, CHAMPION, Registry
 from itemvec.schema import FeatureSchema
-from itemvec.table import read_table, rows, table_digest
+from itemvec.table import rows, table_digest
 from itemvec.version import Lineage, ModelVersion
 from training import cluster as ray_cluster
 from training.config import ClusterConfig, TrainConfig
@@ -33,6 +33,7 @@ from training.data import Prepared
 from training.evaluate import assess, parent_of, write_report
 from training.exhibits import Exhibits
 from training.folds import TRAIN
+from training.ingest import Items, forget
 from training.interactions import Interactions
 from training.judged import judged, measured_rows
 from training.objectives import Predict, chosen
@@ -113,6 +114,7 @@ class Trained:
 
         version = job.registry.publish(job.name, write, alias)
         shutil.rmtree(self.folder, ignore_errors=True)
+        forget(job.runs)
         return version
 
     def _golden(self) -> list[tuple[str, dict[str, Any]]]:
@@ -129,15 +131,15 @@ class Trained:
 def train(job: Job, display: Display) -> Trained:
     """Raises ItemvecError for all that can go wrong with the table, the schema, the settings or the cluster."""
     display.say("read", f"reading {job.table}")
-    digest = table_digest(job.table)
     likes_digest = table_digest(job.interactions) if job.interactions else None
-    features = [job.schema.id, *(f.name for f in job.schema.features)]
-    table = read_table(job.table, list(dict.fromkeys([*features, *job.config.predict.targets])))
+    items = read_items(job)
     parent = None if job.follows is None else job.registry.load(f"{job.name}@{job.follows}")
-    folder = job.runs / f"{job.name}-{run_digest(job, digest, likes_digest, parent.fingerprint if parent else None)}"
+    folder = (
+        job.runs / f"{job.name}-{run_digest(job, items.digest, likes_digest, parent.fingerprint if parent else None)}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"another process trains {job.name} on this table with these settings"):
-        data = prepared(job, table, folder, display, parent)
+        data = prepared(job, items, folder, display, parent)
         chosen(job.config, data)  # a run that could learn nothing ends here
         display.say(
             "ray", "starting Ray" if job.cluster.address is None else f"connecting to Ray at {job.cluster.address}"
@@ -154,7 +156,7 @@ def train(job: Job, display: Display) -> Trained:
         with one_thread():
             model = judged(data, encoder, decoder)
             evaluation, exhibits = assess(
-                model, table, job.schema, data.fold, data.interactions.likes if data.interactions else None,
+                model, items.table, job.schema, data.fold, data.interactions.likes if data.interactions else None,
                 parent_of(job.registry, job.name, job.parent()),
             )  # fmt: skip
         if data.targets:
@@ -166,7 +168,14 @@ def train(job: Job, display: Display) -> Trained:
         }  # fmt: skip
         display.end_phase()
         evaluation["seconds"] = dict(display.timings)
-        return Trained(job, data, table, digest, likes_digest, encoder, decoder, evaluation, exhibits, folder)
+        return Trained(
+            job, data, items.table, items.digest, likes_digest, encoder, decoder, evaluation, exhibits, folder
+        )
+
+
+def read_items(job: Job) -> Items:
+    """The columns that are learned from."""
+    return Items.read(job.table, job.schema, job.config.predict.targets, job.runs)
 
 
 def run_digest(job: Job, table_sha256: str, likes_sha256: str | None = None, parent: str | None = None) -> str:
@@ -245,14 +254,14 @@ def locked(path: Path, taken: str) -> Iterator[None]:
         yield
 
 
-def prepared(job: Job, table: pa.Table, folder: Path, display: Display, parent: ModelVersion | None = None) -> Prepared:
-    """The table encoded in `folder`, with the likes and with what is taken from `parent`."""
-    done = folder / "prepared"
+def prepared(job: Job, items: Items, folder: Path, display: Display, parent: ModelVersion | None = None) -> Prepared:
+    """The items encoded in `folder`, with the likes and with what is taken from `parent`."""
+    table, done = items.table, folder / "prepared"
     if done.exists():
         display.say("encode", "taking up an earlier run that did not end")
         return Prepared.open(folder)
     display.say("encode", f"encoding {table.num_rows:,} items, {_counted(len(job.schema.features), 'column')}")
-    data = Prepared.make(table, job.schema, job.config, folder, job.table)
+    data = Prepared.make(table, job.schema, job.config, folder, job.table, items.copy)
     if job.interactions:
         display.say("likes", f"reading {job.interactions}, and how much each column says about them")
         ids = [str(i) for i in table.column(job.schema.id).to_pylist()]
