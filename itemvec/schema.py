@@ -150,9 +150,9 @@ class Numeric(Feature):
     """`log` for amounts over orders of magnitude (needs values >= 0), `quantile` where only the rank matters."""
 
     bins: Annotated[int, Field(ge=0, le=256)] = 16
-    """A float per bin beside the value, since what a step means changes along the range (a year, a price): two old films
-    of different decades are closer than two of different decades lately. Bins have equally many training items, so
-    there are fewer where values are often the same; 0 for the value alone."""
+    """A float per bin beside the value, since what a step means changes along the range (a year, a price): where most
+    items are, small differences count. Bins have equally many training items, so there are fewer where values are often
+    the same; 0 for the value alone."""
 
     clip: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """The share of training values at each end that is beyond the range: 0.01 keeps a few absurd values from

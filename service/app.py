@@ -109,6 +109,7 @@ class Service:
 
         from itemvec.registry import Registry  # noqa: PLC0415
         from service.api import build_app  # noqa: PLC0415
+        from service.listener import listen  # noqa: PLC0415
         from service.models import LoadedModels  # noqa: PLC0415
         from service.store import Store  # noqa: PLC0415
 
@@ -129,6 +130,8 @@ class Service:
         app = build_app(
             self._models, store, self._metrics, config, fleet=self._fleet, metrics_text=self._metrics_of_all
         )
+        if config.direct_port is not None:
+            self._listening = listen(app, config.host, config.direct_port)
         return OneRequestId(app)
 
     async def check_health(self) -> None:

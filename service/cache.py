@@ -88,7 +88,8 @@ class EncodeCache:
         tally["local"] = len(items) - tally["redis"] - tally["miss"]
         if self._metrics is not None:
             for result, count in tally.items():
-                self._metrics.cache(version.ref, result, count)
+                if count:
+                    self._metrics.cache(version.ref, result, count)
         entries = [entry for entry in found if entry is not None]
         return Encoding(np.stack([entry.vector for entry in entries]), [entry.status for entry in entries]), waited
 

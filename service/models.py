@@ -38,6 +38,7 @@ from service.config import NO_CHAMPION, ServiceConfig
 from service.metrics import Metrics
 from service.problems import InvalidRequest, NotSearchable
 from service.store import Store
+from service.together import Together
 
 log = logging.getLogger("itemvec.service")
 
@@ -70,6 +71,7 @@ class LoadedModels:
         self._refused: dict[tuple[str, int], tuple[VersionCorrupt, float]] = {}
         self._files = ThreadPoolExecutor(1, "itemvec-load")
         self._encoders = ThreadPoolExecutor(1, "itemvec-encode")
+        self._together = Together()
         self._caches = config.cache != "off"
         self._cache = EncodeCache(store, config.cache, config.cache_items, metrics)
         self._behind: Callable[[str, int], Awaitable[None]] | None = None
@@ -195,7 +197,10 @@ class LoadedModels:
     async def _compute_items(
         self, version: ModelVersion, items: Sequence[Mapping[str, Any]], pointer: str
     ) -> tuple[Encoding, float]:
-        encoding, waited, seconds = await self.compute(len(items), partial(version.encode, items, pointer))
+        if len(items) <= INLINE_ITEMS:
+            encoding, waited, seconds = await self._together.encode(version, items, pointer)
+        else:
+            encoding, waited, seconds = await self.compute(len(items), partial(version.encode, items, pointer))
         if self._metrics is not None:
             self._metrics.encoded(version.ref, len(items), seconds)
         return encoding, waited

@@ -188,7 +188,7 @@ NAMED = {
     "retrieval.prefixes": "SIZE",
 }
 WITH_BASELINES = {"retrieval.columns.NAME", "retrieval.mean", "cold_start"}
-WRITTEN_BY_A_RUN = {"predict", "training", "seconds", "gate"}
+WRITTEN_BY_A_RUN = {"profile", "predict", "training", "seconds", "gate"}
 
 
 def keys(value, path=""):

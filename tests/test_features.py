@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itemvec.errors import InvalidItem, SchemaMismatch, VersionCorrupt
-from itemvec.features import FeatureTransform
+from itemvec.features import Batch, FeatureTransform
 from itemvec.schema import FeatureSchema
 
 # --- what holds for every kind ---
@@ -247,6 +247,12 @@ def test_a_table_in_chunks_gives_the_same_numbers(monkeypatch):
     whole = TRANSFORM.transform_table(FILMS)
     monkeypatch.setattr("itemvec.features.CHUNK", 3)
     assert_same(whole, TRANSFORM.transform_table(FILMS))
+
+
+def test_an_item_alone_gives_the_same_numbers_to_the_bit():
+    items = FILMS.to_pylist()
+    alone = [TRANSFORM.transform([item]).batch for item in items]
+    assert_same(Batch.concatenate(alone), TRANSFORM.transform(items).batch)
 
 
 def test_a_wrong_value_of_a_table_is_named_with_its_row(monkeypatch):

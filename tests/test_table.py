@@ -1,4 +1,5 @@
 import datetime
+import os
 from decimal import Decimal
 
 import fsspec
@@ -110,3 +111,34 @@ def test_equal_bytes_have_equal_digests(tmp_path):
         (tmp_path / name).write_bytes(content)
     a, b, c = (table_digest(str(tmp_path / n)) for n in ("a.csv", "b.csv", "c.csv"))
     assert a == b != c
+
+
+def test_the_digest_of_a_large_table_elsewhere_follows_what_the_storage_says_of_it(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv"
+    path.write_text("id\na\n")
+    content = table_digest(str(path))
+    assert table_digest(f"file://{path}") == content
+    monkeypatch.setattr("itemvec.table.HASHED_BYTES", 0)
+    before = table_digest(f"file://{path}")
+    assert before == table_digest(f"file://{path}") != content
+    os.utime(path, (1, 1))
+    assert table_digest(f"file://{path}") != before
+    assert table_digest(str(path)) == content  # on this disk it is read
+
+
+def test_storage_that_says_nothing_of_a_file_is_read(monkeypatch):
+    monkeypatch.setattr("itemvec.table.HASHED_BYTES", 0)
+    digests = []
+    for text in (b"id\na\n", b"id\nb\n"):
+        fsspec.filesystem("memory").pipe("/t.csv", text)
+        digests.append(table_digest("memory://t.csv"))
+    assert digests[0] != digests[1]
+
+
+def test_a_folder_of_several_formats_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("id\na\n")
+    (tmp_path / "b.jsonl").write_text('{"id": "b"}')
+    with pytest.raises(TableError, match=r"several formats: CSV, JSON Lines"):
+        read_table(str(tmp_path))
+    (tmp_path / "b.jsonl").rename(tmp_path / "b.txt")
+    assert read_table(str(tmp_path)).to_pydict() == {"id": ["a"]}

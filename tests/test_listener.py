@@ -1,0 +1,41 @@
+import asyncio
+
+import httpx
+import pytest
+from realservice import free_port
+
+from itemvec.errors import ConfigError
+from service.listener import listen
+
+pytestmark = pytest.mark.anyio
+
+
+def answering(text):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": text})
+
+    return app
+
+
+async def test_several_listen_on_one_port_and_the_others_answer_when_one_ends():
+    port = free_port()
+    tasks = {text: listen(answering(text), "127.0.0.1", port) for text in (b"first", b"second")}
+    await asyncio.sleep(0.2)
+    heard = set()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for _ in range(40):  # all at one of the two by chance: 2^-39
+            answer = await client.get("/", headers={"connection": "close"})
+            heard.add(answer.content)
+        assert heard == {b"first", b"second"}
+        tasks[b"first"].cancel()
+        await asyncio.wait([tasks[b"first"]])
+        await asyncio.sleep(0.2)
+        assert {(await client.get("/", headers={"connection": "close"})).content for _ in range(10)} == {b"second"}
+    tasks[b"second"].cancel()
+    await asyncio.wait([tasks[b"second"]])
+
+
+async def test_an_address_of_another_machine_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1, direct_port 8123"):
+        listen(answering(b""), "192.0.2.1", 8123)
