@@ -63,6 +63,15 @@ class RealService:
             self.process.wait()
             raise
 
+    def interrupt(self) -> None:
+        """Ctrl-C, which the command and all its children get at once: nothing is left behind."""
+        self.signal_group(signal.SIGINT)
+        assert self.process.wait(15) == 0
+        eventually(lambda: not self.processes(), 5)
+        said = self.log.read_text()
+        assert "stopped" in said
+        assert "Traceback" not in said
+
     def signal_group(self, number: int) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)

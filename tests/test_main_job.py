@@ -91,3 +91,7 @@ def test_retraining_switches_the_running_service_and_a_second_time_has_nothing_t
     assert (answer["model"], len(answer["neighbors"])) == ("films@2", 3)
     assert Registry(trained / "registry").aliases("films") == {"champion": 2, "previous": 1}
     assert "nothing to do" in itemvec(*words, "--epochs", 3, *gate)
+
+
+def test_ctrl_c_ends_every_process(service):
+    service.interrupt()  # the last test of this service

@@ -2,20 +2,16 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from films import SCHEMA, table
-from rich.console import Console
 
 from itemvec.cli import cli
-from itemvec.encoder import EncoderConfig
 from itemvec.errors import ConfigError, ItemvecError
 from itemvec.registry import Registry
 from training.config import TrainConfig
-from training.progress import Display
-from training.run import Job, locked, train
+from training.run import locked
 
 SMALL = ["--set", "encoder.hidden=[16]", "--set", "encoder.decoder_hidden=[16]", "--dim", "8", "--epochs", "3"]
 
@@ -76,21 +72,6 @@ def test_a_version_carries_its_evaluation_and_its_report(published):
     report = (version / "report.html").read_text()
     assert "<title>films@1: evaluation</title>" in report and "Sum of the objectives" in report
     assert "report.html" in Registry(folder / "registry").load("films").manifest.files
-
-
-@pytest.mark.slow
-def test_training_s_own_vectors_are_those_that_the_version_encodes(ray_cluster, tmp_path):
-    arguments = films(tmp_path)
-    config = TrainConfig(encoder=EncoderConfig(dim=8, hidden=(16,), decoder_hidden=(16,)), epochs=2)
-    job = Job(arguments[0], SCHEMA, Registry(tmp_path / "registry"), tmp_path / "runs", config)
-    with Display(Console(quiet=True)) as display:
-        trained = train(job, display)
-        batch = trained.data.transform.transform_table(trained.table)
-        version = trained.publish("champion")
-    items = [{k: v for k, v in row.items() if k != "id"} for row in table().to_pylist()]
-    items = [{**item, "released": item["released"] and item["released"].isoformat()} for item in items]
-    served = job.registry.load(f"films@{version}").encode(items).vectors
-    assert np.abs(trained.encoder.encode(batch) - served).max() <= 1e-6
 
 
 @pytest.mark.slow
