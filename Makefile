@@ -61,12 +61,8 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The checks take half a minute of one core, most of it types: they run beside the tests.
-test: $(STAMP)
-	@$(MAKE) --no-print-directory check > $(VENV)/check.log 2>&1 & checks=$$!; \
-	$(BIN)/python -m pytest $(PYTEST_ARGS); tests=$$?; \
-	wait $$checks; checked=$$?; cat $(VENV)/check.log; \
-	test $$tests -eq 0 -a $$checked -eq 0
+test: check
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	@echo 'make test: format, lint, types, import contracts and tests are all right'
 
 format: $(STAMP)

@@ -1,6 +1,6 @@
 """What each retraining did: run records beside the model's versions, and the lease that lets one run at a time.
 
-    ROOT/movies/runs/20261123-031700-4f2a.json    a record, written anew at every step
+    ROOT/movies/runs/20261123-031700-000000-4f2a.json    a record, written anew at every step
     ROOT/movies/lease/7.json                      who may retrain the model; 7 is the token
 
 A token is got by creating its file, which only one process can, so this holds for every kind of root and over machines.
@@ -33,7 +33,7 @@ KEPT = 100
 """Records of a model; older ones are removed."""
 
 RUNS, LEASE = "runs", "lease"
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}-[0-9a-f]{4}")
 
 StepName = Literal[
     "read", "drift", "check", "train", "gate", "publish", "load", "backfill", "shadow", "promote", "clean up"
@@ -57,7 +57,7 @@ class Run(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    id: str = Field(examples=["20261123-031700-4f2a"])
+    id: str = Field(examples=["20261123-031700-000000-4f2a"])
     model: str = Field(description="The model's name", examples=["movies"])
     state: RunState = Field(
         description="`skipped`: there was nothing to do; `refused`: a check of the gate or of the shadow comparison "
@@ -132,7 +132,7 @@ class Runs:
 
 
 def new_run_id() -> str:
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{secrets.token_hex(2)}"
 
 
 class LeaseTaken(ItemvecError):

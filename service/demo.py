@@ -125,5 +125,6 @@ def _hints(url: str) -> str:
   curl -s {url}/v1/similar -d '{{"id": "tt0133093", "k": 5}}' -H 'content-type: application/json'
   curl -s {url}/v1/embeddings -d '{{"input": [{{"genres": ["Sci-Fi"], "release_year": 1999}}]}}' \
 -H 'content-type: application/json'
+  {url}/          the films, their neighbors, and why
   {url}/docs      the API, to try in a browser
   {url}/metrics   for Prometheus"""

@@ -596,12 +596,12 @@ async def test_it_is_ready_when_the_store_holds_as_many_items_as_asked_for(toy_r
 async def test_retrainings_are_listed_newest_first_and_shown(toys: Running) -> None:
     store = Runs(toys.registry)
     for day in ("21", "22", "23"):
-        store.save(run_of(1, f"202611{day}-031700-0a1b"))
+        store.save(run_of(1, f"202611{day}-031700-000000-0a1b"))
     listed = (await toys.client.get("/v1/runs")).json()["data"]
     assert [run["id"][:8] for run in listed] == ["20261123", "20261122", "20261121"]
     assert (await toys.client.get("/v1/runs?model=toys")).json()["data"] == listed
     shown = (await toys.client.get(f"/v1/runs/{listed[0]['id']}")).json()
     assert shown == listed[0]
     assert (shown["state"], shown["steps"][0]["seconds"]) == ("interrupted", 1.5)
-    assert_problem(await toys.client.get("/v1/runs/20261123-031700-ffff"), 404)
+    assert_problem(await toys.client.get("/v1/runs/20261123-031700-000000-ffff"), 404)
     assert_problem(await toys.client.get("/v1/runs?model=films"), 404)

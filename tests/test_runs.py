@@ -28,7 +28,7 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     return kept
 
 
-def run_of(token: int, run_id: str = "20261123-031700-0a1b") -> Run:
+def run_of(token: int, run_id: str = "20261123-031700-000000-0a1b") -> Run:
     now = datetime(2026, 11, 23, 3, 17, tzinfo=UTC)
     return Run(
         id=run_id, model="toys", state="running", table="toys.csv", champion=1, started_at=now, updated_at=now,
@@ -117,7 +117,7 @@ def test_a_record_is_read_as_it_was_written_and_one_whose_process_is_gone_is_int
     found = store.get(run.id)
     assert (found.state, found.steps) == ("interrupted", run.steps)
     with pytest.raises(RunNotFound, match="itemvec runs list"):
-        store.get("20261123-031700-ffff")
+        store.get("20261123-031700-000000-ffff")
     with pytest.raises(RunNotFound):
         store.get("../aliases")
 
