@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from itemvec.errors import ItemvecError, RegistryError, RunNotFound
+from itemvec.processes import is_alive
 from itemvec.registry import Registry
 from itemvec.roots import Root
 
@@ -215,7 +216,7 @@ def _holder(root: Root, name: str) -> int | None:
     claim = _claim(root, name, last := _last(root, name))
     if claim.get("until", 0.0) < time.time():
         return None
-    if claim["place"] == _place() and not _alive(claim["pid"]):
+    if claim["place"] == _place() and not is_alive(claim["pid"]):
         return None
     return last
 
@@ -240,13 +241,3 @@ def _place() -> str:
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

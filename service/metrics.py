@@ -19,7 +19,7 @@ from prometheus_client.core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from itemvec.errors import ConfigError, StoreUnavailable
-from service.processes import is_alive
+from itemvec.processes import is_alive
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 

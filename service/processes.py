@@ -1,17 +1,7 @@
-"""What the system tells of other processes. Beyond `is_alive` only Linux does; elsewhere nothing is found."""
+"""What Linux tells of other processes; elsewhere nothing is found."""
 
 import os
 from pathlib import Path
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def processes_with(variable: str, value: str) -> list[int]:

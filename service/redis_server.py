@@ -25,7 +25,7 @@ from typing import Any, Self
 import redis
 
 from itemvec.errors import ConfigError
-from service.processes import is_alive
+from itemvec.processes import is_alive
 
 # A child of ours in its own session does not see the Ctrl-C of the terminal: the service, which still writes,
 # stops it. Nor may it outlive us: Linux signals it when its parent dies. (It does so when the *thread* ends
