@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a real Redis and a real Ray, each started once."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from service.redis_server import EmbeddedRedis
 from training.cluster import own_cluster
 
 # A busy machine is no defect of the code, so nothing here is timed; and threads of torch that wait for a core that
-# something else has make small arithmetic many times slower. Ray's workers have one thread too.
+# something else has make small arithmetic many times slower. Ray's workers have one thread too, whatever the shell says.
 settings.register_profile("itemvec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("itemvec")
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

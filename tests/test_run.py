@@ -10,7 +10,8 @@ from films import SCHEMA, table
 from itemvec.cli import cli
 from itemvec.errors import ConfigError, ItemvecError
 from itemvec.registry import Registry
-from training.config import TrainConfig
+from training.config import ClusterConfig, TrainConfig
+from training.retrain import job_like_champion
 from training.run import locked
 
 SMALL = ["--set", "encoder.hidden=[16]", "--set", "encoder.decoder_hidden=[16]", "--dim", "8", "--epochs", "3"]
@@ -75,23 +76,32 @@ def test_a_version_carries_its_evaluation_and_its_report(published):
 
 
 @pytest.mark.slow
-def test_a_second_training_is_the_challenger(published, ray_cluster, tmp_path):
+def test_a_second_training_is_the_challenger_and_may_go_on_from_a_version(published, ray_cluster, tmp_path):
     folder = published[1]
-    arguments = [
-        str(folder / "films.parquet"),
-        "--schema",
-        str(folder / "films.yaml"),
-        "--registry",
-        str(tmp_path / "r"),
-    ]
-    registry = Registry(tmp_path / "r")
+    registry = Registry(tmp_path / "registry")
     registry.publish("films", lambda draft, version: _copied(folder / "registry/films/versions/1", draft), "champion")
-    done = CliRunner().invoke(cli, ["train", *arguments, *SMALL, "--seed", "7"])
-    assert done.exit_code == 0, done.output
+    arguments = ["train", *films(tmp_path, 300), *SMALL]
+    done = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--set", "compatible=1", "--seed", "4"])
+    assert done.exit_code == 0 and "going on from films@1" in done.output, done.output
     assert registry.aliases("films") == {"champion": 1, "challenger": 2}
     assert registry.manifest("films", 2).lineage.parent == 1
     parent = registry.load("films@2").evaluation["parent"]
     assert parent["version"] == 1 and 0 < parent["overlap"] <= 1
+    assert parent["compatibility"] > 0.9 and 0.5 < parent["cross_recall"] <= 1
+    said = CliRunner().invoke(cli, ["models", "show", "films@2", "--registry", str(tmp_path / "registry")])
+    assert json.loads(said.output)["parent"] == parent
+    assert "The mean cosine between an item's vector" in (registry.path("films", 2) / "report.html").read_text()
+
+    refused = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--dim", "4"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "cannot start --from films@1: encoder.dim was 8 and is 4" in str(refused.exception)
+    other = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--name", "shows"])
+    assert isinstance(other.exception, ConfigError) and "is a version of films" in str(other.exception)
+    job = job_like_champion(
+        str(tmp_path / "films.parquet"), registry, tmp_path / "runs", None, None,
+        lambda settings: TrainConfig.load(None, {}, settings), ClusterConfig(),
+    )  # fmt: skip
+    assert job.follows == job.parent() == 1, "a retraining follows the champion"
 
 
 def _copied(source: Path, draft: Path) -> None:

@@ -2,29 +2,22 @@
 
 import copy
 import dataclasses
-import json
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 from films import SCHEMA, table
-from test_run import SMALL, films
 
-from itemvec.cli import cli
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder, turn
 from itemvec.errors import ConfigError
-from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
 from itemvec.version import Lineage, ModelVersion
-from training.config import ClusterConfig, CorruptionConfig, TrainConfig
+from training.config import CorruptionConfig, TrainConfig
 from training.data import Prepared
 from training.loop import Trainer
 from training.objectives import chosen
 from training.parent import Parent
-from training.retrain import job_like_champion
 from training.run import best_of, settle
 from training.warm import align, follow, why_anew
 
@@ -260,33 +253,3 @@ def test_a_run_that_is_taken_up_again_does_not_begin_with_the_version_again(vers
     second.restore(first.state())
     for mine, theirs in zip(first.task.parameters(), second.task.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-# --- on Ray ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_train_follows_a_version_and_says_how_compatible_the_new_one_is(ray_cluster, tmp_path):
-    arguments = ["train", *films(tmp_path), *SMALL]
-    done = CliRunner().invoke(cli, arguments)
-    assert done.exit_code == 0, done.output
-    pq.write_table(table(300), tmp_path / "films.parquet")
-    done = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--set", "compatible=1", "--seed", "4"])
-    assert done.exit_code == 0 and "going on from films@1" in done.output, done.output
-    registry = Registry(tmp_path / "registry")
-    parent = registry.load("films@2").evaluation["parent"]
-    assert parent["version"] == 1 and parent["compatibility"] > 0.9 and 0.5 < parent["cross_recall"] <= 1
-    said = CliRunner().invoke(cli, ["models", "show", "films@2", "--registry", str(tmp_path / "registry")])
-    assert json.loads(said.output)["parent"] == parent
-    assert "The mean cosine between an item's vector" in (registry.path("films", 2) / "report.html").read_text()
-
-    refused = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--dim", "4"])
-    assert isinstance(refused.exception, ConfigError)
-    assert "cannot start --from films@1: encoder.dim was 8 and is 4" in str(refused.exception)
-    other = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--name", "shows"])
-    assert isinstance(other.exception, ConfigError) and "is a version of films" in str(other.exception)
-    job = job_like_champion(
-        str(tmp_path / "films.parquet"), registry, tmp_path / "runs", None, None,
-        lambda settings: TrainConfig.load(None, {}, settings), ClusterConfig(),
-    )  # fmt: skip
-    assert job.follows == job.parent() == 1, "a retraining follows the champion"
