@@ -41,14 +41,15 @@ if ! $$found -c 'import ensurepip, venv' >/dev/null 2>&1; then \
 fi
 endef
 
-# The stamp is written last: an installation that was cut short is taken up again, a whole one is reused.
+# The stamp is written last: an installation that was cut short is taken up again, a whole one is reused. Python compiles
+# a module when it is first imported; pip would compile all of them, most of which nobody imports.
 $(STAMP): pyproject.toml constraints.txt
 	@$(find_python); \
 	if ! $(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then \
 		echo "making $(VENV) with $$($$found --version)"; rm -rf $(VENV); $$found -m venv $(VENV) || exit 1; \
 	fi
 	@echo "installing into $(VENV) (about 2 GB the first time, a few minutes) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-input $$(test -t 1 || echo --quiet) \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile $$(test -t 1 || echo --quiet) \
 		$(PIP_ARGS) --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
