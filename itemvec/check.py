@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -123,31 +125,34 @@ def _check_feature(table: pa.Table, feature: Feature) -> Said:
 
 
 def _check_labels(column: pa.ChunkedArray, feature: Any) -> Said:
-    if isinstance(feature, Multi):
-        column = flat_labels(column, feature)
-    column = column.drop_null()
-    if len(column) == 0:
+    yield from _check_counts(label_counts(column, feature), feature)
+
+
+def count_errors(counts: pa.Table, feature: Nominal | Multi) -> list[str]:
+    """What training would refuse about a column whose labels are counted (`label_counts`)."""
+    return [f"{feature.name}: {text}" for level, text in _check_counts(counts, feature) if level == "error"]
+
+
+def _check_counts(counts: pa.Table, feature: Any) -> Said:
+    labels, times = counts.column("label"), counts.column("count")
+    if len(labels) == 0:
         yield "error", "every set is empty: there is nothing to learn"
         return
-    counts = pc.value_counts(column)
-    if len(counts) == 1:
-        yield (
-            "warning",
-            f"its only label is {counts.field('values')[0].as_py()!r}: it tells no two items apart",
-        )
+    if len(labels) == 1:
+        yield "warning", f"its only label is {labels[0].as_py()!r}: it tells no two items apart"
     if feature.labels is not None:
-        yield from _check_named(counts.field("values").to_pylist(), feature.labels, "labels", feature.hash_buckets > 0)
+        yield from _check_named(labels.to_pylist(), feature.labels, "labels", feature.hash_buckets > 0)
         return
     if feature.hash_buckets:
         return  # rare labels have rows to share
-    kept = pc.greater_equal(counts.field("counts"), feature.min_count)
+    kept = pc.greater_equal(times, feature.min_count)
     if not pc.any(kept).as_py():
         yield (
             "error",
-            f"none of its {len(counts)} labels occurs {feature.min_count} times (min_count): there is nothing to learn",
+            f"none of its {len(labels)} labels occurs {feature.min_count} times (min_count): there is nothing to learn",
         )
         return
-    rare = 1 - pc.sum(counts.filter(kept).field("counts")).as_py() / len(column)
+    rare = 1 - pc.sum(times.filter(kept)).as_py() / pc.sum(times).as_py()
     if rare > 0.2:
         yield (
             "warning",
@@ -282,6 +287,32 @@ def flat_labels(column: pa.ChunkedArray, feature: Multi) -> pa.ChunkedArray:
     if _is_text(column.type) and feature.separator is not None:
         column = pc.split_pattern(column, feature.separator)
     return pc.list_flatten(column)
+
+
+COUNTED_AT_ONCE = 4_000_000
+"""Labels of single chunks whose counts wait to be added up."""
+
+
+def label_counts(
+    column: pa.ChunkedArray, feature: Nominal | Multi, kept: npt.NDArray[np.bool_] | None = None
+) -> pa.Table:
+    """How often each `label` of a column occurs, its `count`; of the rows `kept` (n,) only, if given. Chunk by chunk,
+    so that a column may be larger than memory as long as its distinct labels are not."""
+    start, parts = 0, list[pa.Table]()
+    for whole in column.chunks or [pa.array([], column.type)]:
+        chunk = whole if kept is None else whole.filter(pa.array(kept[start : start + len(whole)]))
+        start += len(whole)
+        labels = flat_labels(chunk, feature) if isinstance(feature, Multi) else chunk
+        counted = pc.value_counts(labels.drop_null())
+        parts.append(pa.table({"label": counted.field("values"), "count": counted.field("counts")}))
+        if sum(map(len, parts)) > COUNTED_AT_ONCE:
+            parts = [_added_up(parts)]
+    return parts[0] if len(parts) == 1 else _added_up(parts)
+
+
+def _added_up(parts: Sequence[pa.Table]) -> pa.Table:
+    sums = pa.concat_tables(parts).group_by("label", use_threads=False).aggregate([("count", "sum")])
+    return sums.rename_columns({"count_sum": "count"})
 
 
 def _wrong_type(arrow: pa.DataType, feature: Feature) -> str | None:

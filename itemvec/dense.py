@@ -3,8 +3,10 @@
 A column is fitted once, and total ever after: every value becomes `width` finite floats.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from itemvec.notes import Notes
 from itemvec.schema import AnyFeature, Numeric, Timestamp
@@ -32,8 +35,8 @@ class DenseColumn(ABC):
         return self.width - 1
 
     @abstractmethod
-    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
-        """(n, width)"""
+    def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
+        """(n, width); values that all are numbers may come as an array."""
 
     @abstractmethod
     def decode(self, floats: npt.NDArray[np.floating[Any]]) -> Any:
@@ -46,7 +49,7 @@ class DenseColumn(ABC):
 
     def _numbers(
         self,
-        values: Sequence[Any],
+        values: Sequence[Any] | Floats,
         read: Callable[[Any], float | None],
         expected: str,
         low: float,
@@ -55,6 +58,10 @@ class DenseColumn(ABC):
     ) -> Floats:
         """(n,) the values within [low, high], NaN where missing; what was done to each is noted."""
         name = self.feature.name
+        if len(values) > 1 and (given := _plain(values)) is not None:
+            notes.mark(name, "missing", np.isnan(given))
+            notes.mark(name, "clipped", (given < low) | (given > high))
+            return np.minimum(np.maximum(given, low), high)
         numbers = np.empty(len(values))
         for i, value in enumerate(values):
             number = None
@@ -71,6 +78,16 @@ class DenseColumn(ABC):
                 notes.statuses[i][name] = "clipped"
             numbers[i] = number
         return numbers
+
+
+def _plain(values: Sequence[Any] | Floats) -> Floats | None:
+    """(n,) values that are all numbers or null, NaN for null; None where one is not."""
+    if isinstance(values, np.ndarray):
+        return values
+    if set(map(type, values)) <= {int, float, type(None)}:
+        with suppress(OverflowError):  # a whole number of hundreds of digits: `number` knows whose
+            return np.array(values, np.float64)
+    return None
 
 
 def number(value: Any) -> float:
@@ -128,7 +145,7 @@ class NumericColumn(DenseColumn):
             return np.interp(values, self.knots, self._ranks)
         return values
 
-    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+    def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         numbers = self._numbers(values, number, "a number", self.low, self.high, notes)
         out = np.zeros((len(values), self.width), np.float32)
         out[:, 0] = (self._scaled(numbers) - self.mean) / self.std
@@ -178,13 +195,13 @@ class TimestampColumn(DenseColumn):
 
     @classmethod
     def fit(cls, feature: Timestamp, column: pa.ChunkedArray) -> "TimestampColumn":
-        read = (unix_seconds(value) for value in moments(column) if value is not None)
-        seconds = np.array([s for s in read if s is not None and s == s])
+        seconds = np.concatenate([_seconds(chunk) for chunk in column.chunks])
+        seconds = seconds[~np.isnan(seconds)]
         high = float(seconds.max())
         years = (high - seconds) / YEAR
         return cls(feature, float(seconds.min()), high, float(years.mean()), float(years.std()) or 1.0)
 
-    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+    def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         expected = "an ISO 8601 time or Unix seconds"
         seconds = self._numbers(values, _moment, expected, self.low, self.high, notes)
         out = np.zeros((len(values), self.width), np.float32)
@@ -213,6 +230,15 @@ def _moment(value: Any) -> float | None:
     if isinstance(value, bool | list | dict):
         raise TypeError
     return unix_seconds(value)
+
+
+def _seconds(column: pa.Array) -> Floats:
+    """(n,) Unix seconds, NaN where there are none. What each distinct value says is read once."""
+    distinct = column.dictionary_encode()
+    read = [unix_seconds(value) for value in moments(pa.chunked_array([distinct.dictionary]))]
+    seconds = np.array([math.nan if s is None else s for s in (*read, None)])
+    at: npt.NDArray[np.int64] = pc.fill_null(distinct.indices, len(read)).to_numpy(zero_copy_only=False)
+    return seconds[at]
 
 
 def moments(column: pa.ChunkedArray) -> list[Any]:

@@ -32,9 +32,21 @@ from itemvec.dense import DenseColumn, NumericColumn, TimestampColumn, moments
 from itemvec.errors import FieldError, InvalidItem, SchemaMismatch, VersionCorrupt
 from itemvec.lists import SeriesColumn, VectorColumn, number_lists
 from itemvec.notes import Notes, Status
-from itemvec.schema import AnyFeature, Feature, FeatureSchema, Label, Multi, Nominal, Series, Text, Timestamp, Vector
+from itemvec.schema import (
+    AnyFeature,
+    Feature,
+    FeatureSchema,
+    Label,
+    Multi,
+    Nominal,
+    Numeric,
+    Series,
+    Text,
+    Timestamp,
+    Vector,
+)  # fmt: skip
 from itemvec.sentences import SentenceColumn
-from itemvec.vocabulary import FIRST, MISSING, OOV, Vocabulary
+from itemvec.vocabulary import FIRST, MISSING, OOV, Ints, Vocabulary
 
 __all__ = [
     "FIRST", "MISSING", "OOV", "BagSlot", "Batch", "DenseSlot", "Encoded", "FeatureTransform", "Layout", "Status",
@@ -123,6 +135,9 @@ class Layout:
         return sum(slot.width for slot in self.dense)
 
 
+Floats = npt.NDArray[np.float32]
+Lengths = npt.NDArray[np.int32]
+
 Column = BagColumn | DenseColumn
 _COLUMNS: dict[str, Any] = {
     "nominal": NominalColumn,
@@ -143,6 +158,9 @@ def _column_of(feature: AnyFeature) -> Any:
     return _COLUMNS[feature.kind]
 
 
+FEW = 24
+"""So many items are encoded column by column; fewer, item by item: a call into numpy costs more than its work then."""
+
 CHUNK = 16_384
 """Rows of a table that are encoded at once; what they are as Python objects in between has to fit into memory."""
 
@@ -155,19 +173,19 @@ class FeatureTransform:
     def __init__(self, schema: FeatureSchema, columns: Sequence[Column]) -> None:
         self.schema = schema
         self.columns = list(columns)
-        self._bags = [c for c in columns if isinstance(c, BagColumn)]
-        self._dense = [c for c in columns if isinstance(c, DenseColumn)]
+        self._bags = [(c.feature.name, c) for c in columns if isinstance(c, BagColumn)]
+        self._dense = [(c.feature.name, c) for c in columns if isinstance(c, DenseColumn)]
         self.layout = self._lay_out()
         self._known = {schema.id, *(f.name for f in schema.features)}
         self._bases = np.array([slot.base for slot in self.layout.bags], np.int64)
 
     def _lay_out(self) -> Layout:
         bags, dense, base, start = [], [], 0, 0
-        for bag in self._bags:
-            bags.append(BagSlot(bag.feature.name, bag.feature.kind, base, bag.rows))
+        for name, bag in self._bags:
+            bags.append(BagSlot(name, bag.feature.kind, base, bag.rows))
             base += bag.rows
-        for column in self._dense:
-            dense.append(DenseSlot(column.feature.name, column.feature.kind, start, column.width, column.targets))
+        for name, column in self._dense:
+            dense.append(DenseSlot(name, column.feature.kind, start, column.width, column.targets))
             start += column.width
         return Layout(tuple(bags), tuple(dense))
 
@@ -183,6 +201,12 @@ class FeatureTransform:
         fitted: Column = _column_of(feature).fit(feature, values)
         return fitted
 
+    @staticmethod
+    def fit_labels(feature: Nominal | Multi, counts: pa.Table) -> Column:
+        """The same of a column whose labels are counted (`check.label_counts`)."""
+        fitted: Column = _column_of(feature).of_counts(feature, counts)
+        return fitted
+
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.feature.name == name)
 
@@ -192,31 +216,39 @@ class FeatureTransform:
         A column that an item lacks is missing; one that the schema does not name is reported as ignored.
         """
         notes = Notes(len(items), pointer)
-        batch = self._encode(
-            {f.name: [item.get(f.name) for item in items] for f in self.schema.features}, len(items), notes
-        )
+        n = len(items)
+        if n < FEW:
+            bags = self._item_by_item(items, notes)
+        else:
+            bags = self._interleave(
+                [column.bags([item.get(name) for item in items], notes) for name, column in self._bags], n
+            )
+        dense = [column.encode([item.get(name) for item in items], notes) for name, column in self._dense]
         if notes.errors:
             raise InvalidItem(notes.errors)
         for item, status in zip(items, notes.statuses, strict=True):
             if not item.keys() <= self._known:
                 status.update(dict.fromkeys(item.keys() - self._known, "ignored"))
-        return Encoded(batch, notes.statuses)
+        return Encoded(Batch(_side_by_side(dense, n), *bags), notes.statuses)
 
     def transform_arrow(self, table: pa.Table, pointer: str = "") -> Encoded:
         """As `transform`, of items that come as a table."""
-        present = set(table.column_names)
-        notes = Notes(len(table), pointer)
-        values = {
-            f.name: _values(table.column(f.name), f) if f.name in present else [None] * len(table)
-            for f in self.schema.features
-        }
-        batch = self._encode(values, len(table), notes)
+        n, present = len(table), set(table.column_names)
+        notes = Notes(n, pointer)
+        bags: list[Bags] = []
+        for name, bag in self._bags:
+            arrow = table.column(name) if name in present else pa.chunked_array([pa.nulls(n)])
+            bags.append(bag.arrow_bags(arrow, notes) or bag.bags(_values(arrow, bag.feature), notes))
+        dense = [
+            column.encode(_values(table.column(name), column.feature) if name in present else [None] * n, notes)
+            for name, column in self._dense
+        ]
         if notes.errors:
             raise InvalidItem(notes.errors)
         if ignored := present - self._known:
             for status in notes.statuses:
                 status.update(dict.fromkeys(ignored, "ignored"))
-        return Encoded(batch, notes.statuses)
+        return Encoded(Batch(_side_by_side(dense, n), *self._interleave(bags, n)), notes.statuses)
 
     def transform_table(self, table: pa.Table, first: int = 0) -> Batch:
         """The same numbers for a whole table, chunk by chunk. Raises SchemaMismatch (absent column, wrong type), which
@@ -233,30 +265,21 @@ class FeatureTransform:
                 ) from None
         return Batch.concatenate(batches)
 
-    def _encode(self, values: Mapping[str, Sequence[Any]], n: int, notes: Notes) -> Batch:
-        bags = [column.encode(values[column.feature.name], notes) for column in self._bags]
-        dense = [column.encode(values[column.feature.name], notes) for column in self._dense]
-        together = np.concatenate(dense, axis=1) if dense else np.zeros((n, 0), np.float32)
-        return Batch(together, *self._interleave(bags, n))
+    def _item_by_item(self, items: Sequence[Mapping[str, Any]], notes: Notes) -> tuple[Ints, Floats, Lengths]:
+        """Indices, weights and lengths of a few items."""
+        bags = [column.bag(item.get(name), i, notes) for i, item in enumerate(items) for name, column in self._bags]
+        lengths = np.array([len(rows) for rows, _ in bags], np.int32)
+        indices = np.array([row for rows, _ in bags for row in rows], np.int64)
+        indices += np.repeat(np.tile(self._bases, len(items)), lengths)
+        weights = np.array([weight for _, weight in bags], np.float32)
+        return indices, np.repeat(weights, lengths), lengths.reshape(len(items), len(self._bags))
 
-    def _interleave(
-        self, bags: Sequence[Bags], n: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """From column by column to item by item."""
+    def _interleave(self, bags: Sequence[Bags], n: int) -> tuple[Ints, Floats, Lengths]:
+        """The same of many items: from column by column to item by item."""
         if not bags:
             return np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((n, 0), np.int32)
-        if n == 1:  # the same in either order, and most requests have one item
-            alone = [
-                (row + base, b.weights[0]) for b, base in zip(bags, self._bases.tolist(), strict=True) for row in b.rows
-            ]
-            return (
-                np.array([row for row, _ in alone], np.int64),
-                np.array([weight for _, weight in alone], np.float32),
-                np.array([[len(b.rows) for b in bags]], np.int32),
-            )
-        sizes = [len(b.rows) for b in bags]
-        by_column = np.concatenate([np.array(b.rows, np.int64) for b in bags]) + np.repeat(self._bases, sizes)
-        lengths = np.array([b.lengths for b in bags], np.int64)  # (F, n)
+        by_column = np.concatenate([b.rows + base for b, base in zip(bags, self._bases, strict=True)])
+        lengths = np.array([b.lengths for b in bags])  # (F, n)
         weights = np.array([b.weights for b in bags], np.float32).T.ravel()
         starts = (
             (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape).T.ravel()
@@ -321,6 +344,11 @@ class FeatureTransform:
         return [(c.feature.name, c.vocabulary) for c in self.columns if isinstance(c, LabelColumn)]
 
 
+def _side_by_side(dense: Sequence[Floats], n: int) -> Floats:
+    """(n, D)"""
+    return np.concatenate(dense, axis=1) if dense else np.zeros((n, 0), np.float32)
+
+
 def _of_row(error: FieldError, start: int) -> str:
     """The error in words, where `start` is the first row of the chunk that it counts from."""
     row, where = error.pointer[1:].split("/", 1)
@@ -330,10 +358,12 @@ def _of_row(error: FieldError, start: int) -> str:
 _NO_LABELS = pa.schema({"feature": pa.string(), "label": pa.string(), "count": pa.int64()})
 
 
-def _values(column: pa.ChunkedArray, feature: Feature) -> list[Any]:
+def _values(column: pa.ChunkedArray, feature: Feature) -> Any:
     """What `encode` of the feature's column takes: the values of items, or what is quicker and means the same."""
     values: list[Any]
     try:
+        if isinstance(feature, Numeric) and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            return column.cast(pa.float64(), safe=False).to_numpy()  # NaN for null, which is missing too
         if isinstance(feature, Timestamp):
             values = moments(column)
         elif isinstance(feature, Series | Vector):

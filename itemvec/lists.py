@@ -125,7 +125,7 @@ class SeriesColumn(ListColumn):
         std[std == 0] = 1.0
         return cls(feature, low, high, figures.mean(0).tolist(), std.tolist())
 
-    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+    def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         name, newest = self.feature.name, self.feature.max_length
         out = np.zeros((len(values), self.width), np.float32)
         for i, value in enumerate(values):
@@ -223,7 +223,7 @@ class VectorColumn(ListColumn):
         scale = CommonScale.fit(np.array(list(number_lists(spaced(column)))))
         return cls(feature, *_range(column), **scale.state())
 
-    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+    def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         name, size = self.feature.name, self.feature.size
         out = np.zeros((len(values), self.width), np.float32)
         for i, value in enumerate(values):

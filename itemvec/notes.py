@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from itemvec.errors import FieldError
@@ -17,6 +19,11 @@ class Notes:
         """Per item, only the columns that were not plain."""
         self.errors: list[FieldError] = []
         self._pointer = pointer
+
+    def mark(self, column: str, status: Status, items: npt.NDArray[np.bool_]) -> None:
+        """The column's status for those of the (n,) items that are True."""
+        for i in np.flatnonzero(items).tolist():
+            self.statuses[i][column] = status
 
     def wrong(self, row: int, column: str, expected: str, value: Any, at: int | None = None) -> None:
         """`at` is the place in a list."""

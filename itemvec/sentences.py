@@ -61,7 +61,7 @@ class SentenceColumn(DenseColumn):
         texts = [text for value in spaced(written).to_pylist() if (text := _read(value, feature)) is not None]
         return cls(feature, **CommonScale.fit(_encoded(feature, texts)).state())
 
-    def encode(self, values: Sequence[Any], notes: Notes) -> npt.NDArray[np.float32]:
+    def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         name = self.feature.name
         out = np.zeros((len(values), self.width), np.float32)
         out[:, -1] = 1.0

@@ -2,8 +2,12 @@
 
 import unicodedata
 import zlib
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 MAX_ID_BYTES = 512
 
@@ -17,8 +21,14 @@ def canonical(label: Any) -> Any:
     (True, None)
     """
     if isinstance(label, str):
+        if label.isascii():  # which is NFC as it is
+            return label.strip() or None
         return unicodedata.normalize("NFC", label).strip() or None
     return label
+
+
+FIBONACCI = 0x9E3779B1
+"""2^32 divided by the golden ratio."""
 
 
 def hashed(token: str, buckets: int) -> int:
@@ -30,8 +40,19 @@ def hashed(token: str, buckets: int) -> int:
     >>> hashed("Drama", 100), hashed("Drame", 100)
     (95, 36)
     """
-    mixed = (zlib.crc32(token.encode("utf-8", "surrogatepass")) * 0x9E3779B1) & 0xFFFFFFFF
+    mixed = (zlib.crc32(token.encode("utf-8", "surrogatepass")) * FIBONACCI) & 0xFFFFFFFF
     return mixed * buckets >> 32
+
+
+def all_hashed(tokens: Iterable[str], buckets: int) -> npt.NDArray[np.int64]:
+    """The same of many tokens.
+
+    >>> all_hashed(["Drama", "Drame"], 100)
+    array([95, 36])
+    """
+    sums = np.fromiter((zlib.crc32(token.encode("utf-8", "surrogatepass")) for token in tokens), np.uint64)
+    mixed = (sums * np.uint64(FIBONACCI)) & np.uint64(0xFFFFFFFF)
+    return (mixed * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
 
 
 def unix_seconds(value: str | float | date) -> float | None:

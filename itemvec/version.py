@@ -34,6 +34,7 @@ import itemvec
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.errors import SchemaError, VersionCorrupt
 from itemvec.features import FeatureTransform, Status
+from itemvec.forward import Forward
 from itemvec.schema import FeatureSchema, ModelName
 
 FORMAT = 1
@@ -112,6 +113,7 @@ class ModelVersion:
         self.manifest = manifest
         self.transform = transform
         self.encoder = encoder.eval()
+        self._forward = Forward(encoder) if encoder.mean.device.type == "cpu" else encoder.encode
         self.decoder = decoder.eval()
         self.evaluation = evaluation
         self.schema = transform.schema
@@ -129,12 +131,12 @@ class ModelVersion:
         Raises InvalidItem for values of the wrong type, with `pointer` before each path; never for an unknown value.
         """
         encoded = self.transform.transform(items, pointer)
-        return Encoding(self.encoder.encode(encoded.batch), encoded.statuses)
+        return Encoding(self._forward(encoded.batch), encoded.statuses)
 
     def encode_arrow(self, table: pa.Table, pointer: str = "") -> Encoding:
         """The same for items that come as a table; its columns stay columns on the way."""
         encoded = self.transform.transform_arrow(table, pointer)
-        return Encoding(self.encoder.encode(encoded.batch), encoded.statuses)
+        return Encoding(self._forward(encoded.batch), encoded.statuses)
 
     @classmethod
     def make(

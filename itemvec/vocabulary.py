@@ -1,13 +1,17 @@
 """Vocabulary: the labels of one column, and the row of the shared embedding table that each of them has."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy.typing as npt
 
 from itemvec.schema import Label
 from itemvec.values import canonical, hashed
+
+Ints = npt.NDArray[np.int64]
 
 OOV, MISSING, FIRST = 0, 1, 2
 """Every bag column's own rows begin with these two; its labels follow from row `FIRST`."""
@@ -57,17 +61,27 @@ class Vocabulary:
     @classmethod
     def fit(
         cls,
-        values: Iterable[Label] | pa.ChunkedArray,
+        values: Iterable[Label],
         min_count: int,
         max_labels: int = 1_000_000,
         labels: Sequence[Label] | None = None,
         hash_buckets: int = 0,
     ) -> "Vocabulary":
         """Of the settings of a nominal column; `labels` named beforehand are all kept, in their order."""
-        array = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([pa.array(values)])
-        counted = pc.value_counts(array.drop_null())
+        return cls.of_counts(Counter(values).items(), min_count, max_labels, labels, hash_buckets)
+
+    @classmethod
+    def of_counts(
+        cls,
+        counted: Iterable[tuple[Label, int]],
+        min_count: int,
+        max_labels: int,
+        labels: Sequence[Label] | None,
+        hash_buckets: int,
+    ) -> "Vocabulary":
+        """The same of labels that are counted already."""
         counts: dict[Label, int] = {}
-        for label, count in zip(counted.field("values").to_pylist(), counted.field("counts").to_numpy(), strict=True):
+        for label, count in counted:
             if (key := canonical(label)) is not None:
                 counts[key] = counts.get(key, 0) + int(count)
         if labels is not None:
@@ -93,8 +107,27 @@ class Vocabulary:
     def row(self, label: Label) -> int:
         """The label's row: OOV if training knew neither it nor its bucket, MISSING for a string of white space."""
         row = self._rows.get(label)
-        if row is not None:
-            return row
+        return self._row_of_unknown(label) if row is None else row
+
+    def rows_of(self, labels: Sequence[Label | None]) -> Ints:
+        """(len(labels),) the rows of labels of the column's own type, MISSING for None."""
+        row_of: Any = self._rows.get
+        rows = np.fromiter(map(row_of, labels, repeat(-1)), np.int64, len(labels))
+        if len(unknown := np.flatnonzero(rows < 0)):
+            rows[unknown] = [self._row_of_unknown(labels[i]) for i in unknown.tolist()]
+        return rows
+
+    def distinct_rows(self, labels: Collection[Label | None]) -> set[int]:
+        """Those that `rows_of` gives, of a few labels: without numpy, whose calls take longer than so little work."""
+        row_of: Any = self._rows.get
+        rows = set(map(row_of, labels))
+        if None in rows:
+            rows.remove(None)
+            rows.update(self._row_of_unknown(label) for label in labels if row_of(label) is None)
+        return rows
+
+    def _row_of_unknown(self, label: Label | None) -> int:
+        """Of what is no label of the vocabulary as it stands; written in its canonical form it may be one."""
         key = canonical(label)
         if key is None:
             return MISSING

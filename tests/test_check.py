@@ -1,11 +1,13 @@
 import datetime
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from itemvec.check import check_table, require_fit
+from itemvec import check
+from itemvec.check import check_table, label_counts, require_fit
 from itemvec.errors import SchemaMismatch
-from itemvec.schema import FeatureSchema
+from itemvec.schema import FeatureSchema, Multi, Nominal
 
 
 def findings(column, kind, **more):
@@ -142,3 +144,16 @@ def test_an_empty_table_is_refused():
     schema = FeatureSchema.from_yaml("name: t\nid: id\nfeatures: {x: {kind: numeric}}")
     with pytest.raises(SchemaMismatch, match="no rows"):
         require_fit(pa.table({"id": pa.array([], pa.string()), "x": pa.array([], pa.int64())}), schema)
+
+
+@pytest.mark.parametrize("at_once", [check.COUNTED_AT_ONCE, 1])
+def test_labels_are_counted_over_all_chunks_and_of_the_rows_named(monkeypatch, at_once):
+    monkeypatch.setattr(check, "COUNTED_AT_ONCE", at_once)
+    sets = pa.chunked_array([[["a", "b"], None], [["b"], [], ["b", "c"]], [["a"]]])
+    counted = label_counts(sets, Multi(name="x")).sort_by("label").to_pylist()
+    assert [tuple(row.values()) for row in counted] == [("a", 2), ("b", 3), ("c", 1)]
+    some = label_counts(sets, Multi(name="x"), np.array([True, True, False, True, True, False]))
+    assert [tuple(row.values()) for row in some.sort_by("label").to_pylist()] == [("a", 1), ("b", 2), ("c", 1)]
+    one = label_counts(pa.chunked_array([[7, None], [7]]), Nominal(name="x", dtype="integer"))
+    assert one.to_pylist() == [{"label": 7, "count": 2}]
+    assert len(label_counts(pa.chunked_array([], pa.string()), Nominal(name="x"))) == 0

@@ -1,5 +1,3 @@
-import pyarrow as pa
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,8 +52,3 @@ def test_every_label_kept_by_fit_has_a_row_of_its_own(labels, buckets):
     rows = [vocabulary.row(label) for label in vocabulary.labels]
     assert rows == list(range(FIRST, FIRST + len(rows)))
     assert OOV not in {vocabulary.row(label) for label in labels} or not buckets  # what training saw has a trained row
-
-
-@pytest.mark.parametrize("values", [pa.chunked_array([[7, 7], [8]]), [7, 8, 7]])
-def test_labels_come_from_a_column_or_a_list(values):
-    assert Vocabulary.fit(values, min_count=2).labels == [7]

@@ -1,0 +1,166 @@
+"""Forward: the encoder's network as it is served, with all that is constant worked out once.
+
+A request has one item or a few, and a call into torch costs more than their arithmetic. So the weights are numpy
+arrays: normalization by the training's mean and variance is part of the layer before it, the means that a layer
+normalization takes out are taken out of the weights, and the mean embedding out of the last bias. Every encoder that
+`EncoderConfig` describes has this form. What training computes by `ItemEncoder.forward` differs by rounding, some 1e-7.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from itemvec.encoder import Activation, Cross, ItemEncoder
+from itemvec.features import Batch
+
+Floats = npt.NDArray[np.float32]
+
+FEW = 64
+"""Bags that numpy adds up faster than torch, whose call takes longer to begin."""
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """torch's own begins ten times as slowly."""
+    above: Tensor = torch.special.erf(x * 2**-0.5).add_(1.0)
+    return above.mul_(x).mul_(0.5)
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": _gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """x -> x weight + bias"""
+
+    weight: Floats
+    bias: Floats
+    normalized: "_Normalized | None" = None
+
+    def __call__(self, x: Floats) -> Floats:
+        y = x @ self.weight
+        y += self.bias
+        return y if self.normalized is None else self.normalized(y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Normalized:
+    """Layer normalization of what has mean 0 already: to length 1, times scale, plus shift. `scale` has the root of the
+    width in it, by which a length is more than a deviation, and epsilon has the width."""
+
+    scale: Floats
+    shift: Floats
+    epsilon: np.float32
+
+    def __call__(self, y: Floats) -> Floats:
+        y /= np.sqrt(np.vecdot(y, y) + self.epsilon)[:, None]
+        y *= self.scale
+        y += self.shift
+        return y
+
+
+class Forward:
+    """An `ItemEncoder` that learns no more, on the CPU. The table is the encoder's own, other weights are copies."""
+
+    def __init__(self, encoder: ItemEncoder) -> None:
+        config = encoder.config
+        self._table = encoder.table.detach().float()
+        self._rows = self._table.numpy()
+        self._used = encoder.used.numpy()
+        self._width = len(self._used) + encoder.layout.dense_width
+        self._crosses = [_folded_cross(layer) for layer in encoder.cross if isinstance(layer, Cross)]
+        self._layers = _folded_layers(encoder.layers)
+        self._activation = _ACTIVATIONS[config.activation]
+        weight, bias = _linear(encoder.out)
+        self._out = _layer(weight, bias - _doubles(encoder.mean) if config.centre else bias)
+        self._skip = None if encoder.skip is None else _as_floats(_linear(encoder.skip)[0])
+
+    def __call__(self, batch: Batch) -> Floats:
+        """(n, dim), each row of length 1: as `ItemEncoder.encode`."""
+        x = self._columns(batch)
+        y = x
+        for narrow, wide in self._crosses:
+            y = y + x * wide(y @ narrow)
+        for layer in self._layers:
+            y = self._activation(torch.from_numpy(layer(y))).numpy()
+        z = self._out(y)
+        if self._skip is not None:
+            z += x @ self._skip
+        z /= np.maximum(np.sqrt(np.vecdot(z, z)), np.float32(1e-12))[:, None]
+        return z
+
+    def _columns(self, batch: Batch) -> Floats:
+        """(n, inputs): the used part of each column's bag, and the dense columns."""
+        n, lengths = batch.lengths.shape[0], batch.lengths.ravel()
+        x = np.empty((n, self._width), np.float32)
+        if lengths.size:
+            starts = lengths.cumsum(dtype=np.int64) - lengths
+            if len(starts) <= FEW:
+                rows = self._rows.take(batch.indices, 0)
+                rows *= batch.weights[:, None]
+                bags = np.add.reduceat(rows, starts, 0)
+            else:
+                where, weights = torch.from_numpy(batch.indices), torch.from_numpy(batch.weights)
+                added = functional.embedding_bag(
+                    where, self._table, torch.from_numpy(starts), mode="sum", per_sample_weights=weights
+                )
+                bags = added.numpy()
+            x[:, : len(self._used)] = bags.reshape(n, -1).take(self._used, 1)
+        x[:, len(self._used) :] = batch.dense
+        return x
+
+
+Doubles = npt.NDArray[np.float64]
+
+
+def _folded_layers(modules: nn.Sequential) -> list[_Layer]:
+    """Of `fully_connected`, activations and dropout aside."""
+    layers: list[_Layer] = []
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            weight, bias = _linear(module)
+            layers.append(_layer(weight, bias))
+        elif isinstance(module, nn.LayerNorm):
+            width = len(bias)
+            scale, shift = _as_floats(_doubles(module.weight) * width**0.5), _as_floats(_doubles(module.bias))
+            after = _Normalized(scale, shift, np.float32(module.eps * width))
+            centred = weight - weight.mean(1, keepdims=True)
+            layers[-1] = _Layer(_as_floats(centred), _as_floats(bias - bias.mean()), after)
+        elif isinstance(module, nn.BatchNorm1d):
+            mean, variance = _doubles(module.running_mean), _doubles(module.running_var)
+            times = _doubles(module.weight) / np.sqrt(variance + module.eps)
+            layers[-1] = _layer(weight * times, (bias - mean) * times + _doubles(module.bias))
+    return layers
+
+
+def _folded_cross(cross: Cross) -> tuple[Floats, _Layer]:
+    return _as_floats(_linear(cross.narrow)[0]), _layer(*_linear(cross.wide))
+
+
+def _linear(module: nn.Linear) -> tuple[Doubles, Doubles]:
+    """(inputs, outputs) weight and (outputs,) bias."""
+    weight = _doubles(module.weight).T
+    return weight, _doubles(module.bias)
+
+
+def _layer(weight: Doubles, bias: Doubles) -> _Layer:
+    return _Layer(_as_floats(weight), _as_floats(bias))
+
+
+def _doubles(values: Tensor | None) -> Doubles:
+    """Zero for a bias that is not there."""
+    return np.zeros(1) if values is None else values.detach().double().numpy()
+
+
+def _as_floats(values: Doubles) -> Floats:
+    return np.ascontiguousarray(values, np.float32)
