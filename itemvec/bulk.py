@@ -7,12 +7,15 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from itemvec.check import require_columns
-from itemvec.client import Client
-from itemvec.table import rows
+from itemvec.client import Client, ServiceProblem
+from itemvec.errors import ConfigError
+from itemvec.table import require_ids, rows
 
 TOLD = 20
+STREAM_REFUSED = {400, 422}
 
 
 @dataclass
@@ -38,28 +41,66 @@ def load_items(
     batch_size: int = 1024,
     connections: int = 2,
     progress: Callable[[int], None] = lambda _: None,
+    vectors: pa.Table | None = None,
 ) -> Loaded:
-    """`model` is what `GET /v1/models/{name}` answers. Raises SchemaMismatch for columns the table lacks.
+    """`model` is what `GET /v1/models/{name}` answers; `vectors` are those that `itemvec embed-table` made of the table
+    with the served version, so that the service need not encode it.
 
-    Two connections: while the service encodes one batch, the next is on its way.
+    Raises SchemaMismatch for columns the table lacks, ConfigError for vectors of another version or other items. Items
+    travel as columns (Arrow). Two connections: while the service encodes one batch, the next is on its way.
     """
     schema = model["item_schema"]
     id_column = schema["x-itemvec-id"]
     require_columns(table, [id_column, *schema["properties"]])
+    require_ids(table, id_column)
     names = table.column_names if all_columns else [c for c in table.column_names if c in schema["properties"]]
-    batches = rows(table, id_column, [c for c in names if c != id_column], batch_size)
+    names = [name for name in names if name != id_column]
+    parts = table.select(names).append_column(id_column, table.column(id_column).cast(pa.string()))
+    if vectors is not None:
+        parts = _joined(parts, id_column, vectors, model)
     done = Loaded()
 
-    def send(batch: tuple[list[str], list[dict[str, Any]]]) -> dict[str, Any]:
+    def send(start: int) -> dict[str, Any]:
+        try:
+            return client.put(parts.slice(start, batch_size), model["id"])
+        except ServiceProblem as problem:
+            # A stream is refused whole for one value beyond a limit; as JSON each item is refused by itself.
+            if problem.status not in STREAM_REFUSED:
+                raise
+            return send_json(start)
+
+    def send_json(start: int) -> dict[str, Any]:
+        [batch] = rows(table.slice(start, batch_size).combine_chunks(), id_column, names, batch_size)
         items = [{**item, "id": item_id} for item_id, item in zip(*batch, strict=True)]
         return client.call("POST", "/v1/items", {"items": items, "model": model["id"]})
 
+    starts = iter(range(0, len(table), batch_size))
     with ThreadPoolExecutor(connections) as pool:
-        while window := list(islice(batches, 2 * connections)):
+        while window := list(islice(starts, 2 * connections)):
             for answer in pool.map(send, window):
                 _count(done, answer)
                 progress(len(answer["items"]))
     return done
+
+
+def _joined(parts: pa.Table, id_column: str, vectors: pa.Table, model: dict[str, Any]) -> pa.Table:
+    """With each item's vector, and in the metadata the fingerprint of what made them."""
+    metadata = vectors.schema.metadata or {}
+    if not {"id", "embedding"} <= set(vectors.column_names) or b"fingerprint" not in metadata:
+        raise ConfigError("the vectors are not from `itemvec embed-table`: no id, no embedding, or no fingerprint")
+    made, by = metadata[b"fingerprint"].decode(), metadata.get(b"model", b"another model").decode()
+    if made != model["fingerprint"]:
+        raise ConfigError(
+            f"the vectors are of {by} (fingerprint {made}), and {model['model']} (fingerprint {model['fingerprint']}) "
+            "is served: embed the table with that one"
+        )
+    ids = parts.column(id_column).combine_chunks()
+    places = pc.index_in(ids, value_set=vectors.column("id").cast(pa.string()).combine_chunks())
+    if places.null_count:
+        which = ids.filter(pc.is_null(places))[0].as_py()
+        raise ConfigError(f"{places.null_count} items have no vector, such as {which!r}: embed this very table")
+    found = vectors.column("embedding").combine_chunks().take(places)
+    return parts.append_column("embedding", found).replace_schema_metadata({"fingerprint": made})
 
 
 def _count(done: Loaded, answer: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, cast
@@ -367,9 +368,17 @@ def show_run(run_id: str, as_json: bool, registry: str) -> None:
 @click.argument("table")
 @click.option("--model", "name", help="The model's name.  [default: the service's only one]")
 @click.option("--all-columns", is_flag=True, help="Also store columns that the schema does not name.")
+@click.option(
+    "--vectors",
+    "embedded",
+    metavar="FOLDER",
+    help="What `itemvec embed-table TABLE` wrote with the served version: nothing is encoded again.",
+)
 @click.option("--batch", default=1024, show_default=True, type=click.IntRange(1, 4096), help="Items a request.")
 @service_options
-def load(table: str, name: str | None, all_columns: bool, batch: int, url: str, key: str | None) -> None:
+def load(
+    table: str, name: str | None, all_columns: bool, embedded: str | None, batch: int, url: str, key: str | None
+) -> None:
     """Store the items of TABLE (Parquet, CSV, JSON Lines) in a running service, which encodes them.
 
     Items that are there already are replaced. An item that is refused is reported, the others are kept; exit status 1
@@ -381,11 +390,12 @@ def load(table: str, name: str | None, all_columns: bool, batch: int, url: str, 
 
     with Client(url, key) as client:
         model = served_model(client, name)
-        items = read_table(table)
+        items, vectors = read_table(table), read_table(embedded) if embedded else None
         began = time.monotonic()
         with progress_bar() as bar:
             task = bar.add_task(f"encoding and storing with {model['model']}", total=len(items))
-            done = load_items(client, items, model, all_columns, batch, progress=lambda n: bar.advance(task, n))
+            told = partial(bar.advance, task)
+            done = load_items(client, items, model, all_columns, batch, progress=told, vectors=vectors)
     seconds = time.monotonic() - began
     click.echo(
         f"{done.created} created, {done.updated} updated, {done.refused} refused: {done.total / seconds:,.0f} items/s"

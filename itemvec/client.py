@@ -75,6 +75,12 @@ class Client:
             parts.append(pa.ipc.open_stream(response.content).read_all())
         return pa.concat_tables(parts)
 
+    def put(self, table: pa.Table, model: str) -> dict[str, Any]:
+        """Stores the items of a table whose ids are text; the answer is that of `POST /v1/items`."""
+        headers = {"Content-Type": ARROW, "Accept": "application/json"}
+        content = {"params": {"model": model}, "content": _stream(table), "headers": headers}
+        return self._json(self._answered("POST", "/v1/items", **content))
+
     def similar(self, query: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
         """Neighbors of a query as `POST /v1/similar` takes it: `{"id": ..., "k": 5}`."""
         return self.call("POST", "/v1/similar", {**query, "model": model})

@@ -49,8 +49,8 @@ def files_of(url: str) -> list[str]:
         if url.startswith(("http:", "https:")) or not fs.isdir(path):
             return [url]
         found = fs.find(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise TableError(f"cannot read {url}: {error}") from None
+    except Exception as error:  # each storage has its own
+        raise TableError(f"cannot read {url}: {' '.join(str(error).split())}") from None
     kept = sorted(file for file in found if _suffix(file) in FORMATS and not PurePosixPath(file).name.startswith("_"))
     forms = {FORMATS[_suffix(file)] for file in kept}
     if not kept:
@@ -164,6 +164,14 @@ def _read_csv(file: IO[bytes], parsing: Any) -> pa.Table:
     return table
 
 
+def require_ids(table: pa.Table, id_column: str) -> None:
+    """Raises TableError for an id that is none."""
+    kind, blank = table.schema.field(id_column).type, table.column(id_column).null_count
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)) or blank:
+        why = f"{blank} rows have none" if blank else f"the column is {kind}"
+        raise TableError(f"the id column {id_column!r} must be text or whole numbers on every row: {why}")
+
+
 def rows(
     table: pa.Table, id_column: str, columns: Sequence[str], batch_size: int = 1024
 ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
@@ -172,10 +180,7 @@ def rows(
     Missing values are left out, times are ISO 8601, decimals are floats. Raises TableError for an id that is none.
     """
     kept = [c for c in columns if c in table.column_names]
-    kind, blank = table.schema.field(id_column).type, table.column(id_column).null_count
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)) or blank:
-        why = f"{blank} rows have none" if blank else f"the column is {kind}"
-        raise TableError(f"the id column {id_column!r} must be text or whole numbers on every row: {why}")
+    require_ids(table, id_column)
     for batch in table.select([id_column, *kept]).to_batches(max_chunksize=batch_size):
         ids = [str(i) for i in batch.column(id_column).to_pylist()]
         values = [_as_json(batch.column(c)) for c in kept]
@@ -253,6 +258,6 @@ def _open(url: str) -> IO[bytes]:
         opened: IO[bytes] = fsspec.open(url, "rb").open()
     except FileNotFoundError:
         raise TableError(f"no table at {url}") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise TableError(f"cannot read {url}: {error}") from None
+    except Exception as error:  # each storage has its own: no credentials, no access, no answer
+        raise TableError(f"cannot read {url}: {' '.join(str(error).split())}") from None
     return opened

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from base64 import b64encode
+from binascii import b2a_base64
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
@@ -233,7 +233,8 @@ class Api:
             return Answer(stream, content_type=arrow.STREAM)
         rows: Sequence[Vectors] | Sequence[str] = list(vectors)
         if base64:
-            rows = [b64encode(row.astype("<f4", copy=False).tobytes()).decode() for row in vectors]
+            packed, width = vectors.astype("<f4", copy=False).tobytes(), 4 * vectors.shape[1]
+            rows = [b2a_base64(packed[at : at + width], newline=False).decode() for at in range(0, len(packed), width)]
         count = len(rows)
         answer: dict[str, Any] = {
             "object": "list",
@@ -303,10 +304,11 @@ class Api:
 
     async def put_items(self, request: Request) -> Answer:
         """Encodes and stores items; each is taken or refused by itself, and the good ones are kept."""
-        body = await request.body(JSON, arrow.STREAM)
+        body, vectors = await request.body(JSON, arrow.STREAM), None
         if request.media_type == arrow.STREAM:
             table = arrow.read_table(body, self._limits, "/items")
             version = self._champion(request)
+            vectors, table = arrow.ready_vectors(table, version.schema, version.fingerprint, version.dim)
             ids, columns = arrow.without_ids(table, version.schema)
             if ids is None:
                 raise InvalidRequest.at("/items/id", f"is missing: send a column id, or {version.schema.id!r}")
@@ -316,7 +318,9 @@ class Api:
             version, entries = self._champion(request, wanted.model), wanted.entries
         answers: list[dict[str, Any]] = []
         good = [entry for entry in entries if isinstance(entry, Entry)]
-        stored = iter(await self._upsert(request, version, good) if good else ())
+        if vectors is not None:
+            vectors = vectors[[isinstance(entry, Entry) for entry in entries]]
+        stored = iter(await self._upsert(request, version, good, vectors) if good else ())
         for i, entry in enumerate(entries):
             if isinstance(entry, RefusedEntry):
                 answers.append(_refused(entry.id, InvalidRequest(entry.errors), request))
@@ -458,7 +462,9 @@ class Api:
         request.model = version.ref
         return version
 
-    async def _upsert(self, request: Request, version: ModelVersion, entries: Sequence[Entry]) -> list[Upserted]:
+    async def _upsert(
+        self, request: Request, version: ModelVersion, entries: Sequence[Entry], vectors: Vectors | None = None
+    ) -> list[Upserted]:
         def took(part: str, since: float) -> None:
             if part == "store":
                 self._measured.took(request, "put", since)
@@ -466,7 +472,7 @@ class Api:
                 request.took(part, since)
 
         ids, items, raws = [e.id for e in entries], [e.item for e in entries], [e.raw for e in entries]
-        stored = await self._writer.upsert(version, ids, items, raws, took)
+        stored = await self._writer.upsert(version, ids, items, raws, took, vectors)
         self._metrics.columns(version.ref, [one.columns for one in stored])
         return stored
 
@@ -485,7 +491,7 @@ class Api:
         with contextlib.suppress(StoreUnavailable):
             items = await self._store.count(name)
             if champion is not None:
-                index = (await self._store.index_status(name, champion.fingerprint)).mode
+                index = (await self._store.indexes.status(name, champion.fingerprint)).mode
         return {
             "id": name,
             "object": "model",

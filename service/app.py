@@ -4,6 +4,7 @@ It only brings the parts together; what they do is in `models.py`, `store.py`, `
 """
 
 import asyncio
+import gc
 import logging
 import tempfile
 import uuid
@@ -125,6 +126,9 @@ class Service:
         self._models = LoadedModels(Registry(config.registry), store, config, self._metrics)
         # Not by the application's lifespan: Serve keeps the reason of a failure there to itself.
         await self._models.start()
+        # What is here now stays. A full collection of garbage looks at all of it, 100 ms in which nobody is answered.
+        gc.collect()
+        gc.freeze()
         handle = serve.get_deployment_handle(self._replica.deployment, app_name=self._replica.app_name)
         self._fleet = Fleet(handle, self, self._replica.replica_tag)
         app = build_app(

@@ -25,6 +25,9 @@ STREAM: Final = b"application/vnd.apache.arrow.stream"
 SPREAD: Final = 8
 """How many times its bytes a dictionary-encoded column may take when it is written out."""
 
+UNIT: Final = 1e-3
+"""By how much the length of a ready vector may differ from 1."""
+
 STATUSES: Final = pa.map_(pa.string(), pa.string())
 ERRORS: Final = pa.list_(pa.struct([("pointer", pa.string()), ("detail", pa.string())]))
 FIRST_MOMENT, LAST_MOMENT = -62_135_596_800_000_000, 253_402_300_799_999_999
@@ -57,7 +60,32 @@ def read_table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
             errors.append(FieldError(f"{pointer}{row}/{escaped(name)}", str(wrong)))
     if errors:
         raise InvalidRequest(errors)
-    return pa.table(plain)
+    return pa.table(plain, metadata=table.schema.metadata)
+
+
+def ready_vectors(
+    table: pa.Table, schema: FeatureSchema, fingerprint: str, dim: int
+) -> tuple[npt.NDArray[np.float32] | None, pa.Table]:
+    """The vectors that came with the items (n, dim), and the other columns: `embedding`, where the schema has no such
+    column and the stream's metadata names the fingerprint of what made them.
+
+    Raises `InvalidRequest` for those of another fingerprint, or of another length than 1.
+    """
+    made = (table.schema.metadata or {}).get(b"fingerprint")
+    if made is None or "embedding" not in table.column_names or any(f.name == "embedding" for f in schema.features):
+        return None, table
+    if made.decode("utf-8", "replace") != fingerprint:
+        detail = f"is of fingerprint {made[:64].decode('utf-8', 'replace')!r}; what is served has {fingerprint}"
+        raise InvalidRequest.at("/items/embedding", detail)
+    column = table.column("embedding").combine_chunks()
+    floats = pa.types.is_large_list(column.type) and pa.types.is_floating(column.type.value_type)
+    if not floats or set(pc.unique(pc.list_value_length(column)).to_pylist()) != {dim}:
+        raise InvalidRequest.at("/items/embedding", f"expected a list of {dim} floats on each row")
+    vectors = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, dim)
+    wrong = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1.0) < UNIT))
+    if wrong.size:
+        raise InvalidRequest.at(f"/items/{wrong[0]}/embedding", "is not of length 1, as vectors of a model are")
+    return vectors, table.drop_columns(["embedding"])
 
 
 def without_ids(table: pa.Table, schema: FeatureSchema) -> tuple[pa.ChunkedArray | None, pa.Table]:

@@ -151,7 +151,7 @@ class EncodeCache:
 
     async def _fetch(self, version: ModelVersion, keys: Sequence[Key]) -> dict[Key, Entry]:
         try:
-            values = await self._store.read_cache([cache_key(*key) for key in keys])
+            values = await self._store.cache.read([cache_key(*key) for key in keys])
         except StoreUnavailable:
             return {}
         return {
@@ -169,7 +169,7 @@ class EncodeCache:
 
     async def _write(self, values: Mapping[str, bytes]) -> None:
         with contextlib.suppress(StoreUnavailable):
-            await self._store.write_cache(values, KEPT_SECONDS)
+            await self._store.cache.write(values, KEPT_SECONDS)
 
 
 def _digests(items: Sequence[Item]) -> list[bytes] | None:

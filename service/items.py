@@ -80,13 +80,18 @@ class ItemWriter:
         items: Sequence[Item],
         raws: Sequence[bytes],
         took: Callable[[str, float], None],
+        vectors: npt.NDArray[np.float32] | None = None,
     ) -> list[Upserted]:
         """Stores the items that `version` can encode; the answer is parallel to `ids`.
 
-        `took(part, since)` is told when the parts "encode" and "store" began, as each one ends.
+        `took(part, since)` is told when the parts "encode" and "store" began, as each one ends. `vectors` (n, dim) are
+        those that `version` made of the items before.
         """
         began = perf_counter()
-        fitting = await encode_fitting(self._models, version, items)
+        if vectors is None:
+            fitting = await encode_fitting(self._models, version, items)
+        else:
+            fitting = Fitting(list(range(len(items))), vectors, [{} for _ in items], {})
         took("encode", began)
         outcome = [Upserted(False, {}, fitting.errors.get(i, ())) for i in range(len(items))]
         if fitting.rows:

@@ -6,6 +6,7 @@ Which of the two it is, is asked of the server at the first call, so a URL of an
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha1
 from typing import Any, TypeVar
@@ -27,6 +28,18 @@ NO_ENGINE = (
     "Redis at {address} has no query engine, which the index modes flat and hnsw need: use Redis 8 or Redis Stack, "
     "set ITEMVEC_INDEX=exact, or unset REDIS_URL for the embedded server"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    version: str
+    query_engine: str | None
+    """Version of the query engine, None where it is not loaded."""
+    run_id: str
+    """New at every start of the server, or of one of the cluster's."""
+    evicts: bool
+    """Redis may drop our keys when its memory is full."""
+    cluster: bool
 
 
 class Link:
@@ -91,6 +104,25 @@ class Link:
         if not await self.is_cluster():
             return [await self.command(*parts)]
         return [await self._on_node(node, parts) for node in self._nodes()]
+
+    async def server_info(self) -> ServerInfo:
+        infos = await self.each_node("INFO", "everything")
+        engine = None
+        for modules in await self.each_node("MODULE", "LIST"):
+            for module in modules:
+                if module[b"name"] == b"search":
+                    # 21005 -> 2.10.5, 80201 -> 8.2.1
+                    number = int(module[b"ver"])
+                    engine = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+        return ServerInfo(
+            version=str(infos[0]["redis_version"]),
+            query_engine=engine,
+            run_id=" ".join(sorted(str(info["run_id"]) for info in infos)),
+            evicts=any(
+                info.get("maxmemory") and str(info.get("maxmemory_policy")).startswith("allkeys") for info in infos
+            ),
+            cluster=await self.is_cluster(),
+        )
 
     async def scan(self, pattern: str) -> AsyncIterator[list[bytes]]:
         """The keys that match, of every node; one may come twice."""

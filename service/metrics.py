@@ -138,6 +138,7 @@ class Metrics:
         self._help = {family.name: family.documentation for family in registry.collect()}
         self._of_operation: dict[str, tuple[str, str, Histogram]] = {}
         self._of_answer: dict[tuple[str, int], Counter] = {}
+        self._of_column: dict[tuple[str, str, str], Counter] = {}
         self._of_model: dict[str, tuple[Counter, Histogram]] = {}
         self._served: dict[str, tuple[str, str, str]] = {}
 
@@ -168,7 +169,9 @@ class Metrics:
             ("" if status == "ignored" else column, status) for item in statuses for column, status in item.items()
         )
         for (column, status), times in tally.items():
-            self._columns.labels(model, column, status).inc(times)
+            if (counter := self._of_column.get((model, column, status))) is None:
+                counter = self._of_column[model, column, status] = self._columns.labels(model, column, status)
+            counter.inc(times)
 
     def store(self, operation: str, seconds: float) -> None:
         self._store_seconds.labels(operation).observe(seconds)

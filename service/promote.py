@@ -143,20 +143,20 @@ class Promotions:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def promote(self, name: str, version: int) -> Job:
-        """Starts the switch to a version; the one under way is the answer if it is to the same.
+    async def promote(self, name: str, version: int | str) -> Job:
+        """Starts the switch to a version, or to what an alias names; one under way to the same is the answer.
 
         Raises `VersionNotFound`, or `PromotionRunning` if one to another version is under way.
         """
         return await self._asked(name, version, "promotion")
 
-    async def backfill(self, name: str, version: int) -> Job:
+    async def backfill(self, name: str, version: int | str) -> Job:
         """Starts to make a version's index, as a promotion would, and leaves it at that: it can be searched by its
         name then, every write reaches it, and a later promotion has nothing left to encode."""
         return await self._asked(name, version, "backfill")
 
-    async def _asked(self, name: str, version: int, kind: Kind) -> Job:
-        await self._models.in_thread(self._models.registry.resolve, f"{name}@{version}")
+    async def _asked(self, name: str, wanted: int | str, kind: Kind) -> Job:
+        _, version = await self._models.in_thread(self._models.registry.resolve, f"{name}@{wanted}")
         try:
             return await self._start(name, version, "request", kind)
         except PromotionRunning as running:
@@ -190,7 +190,7 @@ class Promotions:
         while True:
             for name, version in list(self._models.serving.items()):
                 try:
-                    if await self._store.reindex_wanted(name, version.fingerprint):
+                    if await self._store.indexes.reindex_wanted(name, version.fingerprint):
                         await self._start(name, version.version, "size", "reindex")
                     said.pop(name, None)
                 except (StoreUnavailable, PromotionRunning):  # it may be wanted still when that is over
@@ -282,18 +282,18 @@ class Promotions:
 
     async def _has_columns(self, version: ModelVersion) -> bool:
         """A version may differ from the one before in what is filterable alone, and then they share a fingerprint."""
-        status = await self._store.index_status(version.name, version.fingerprint)
+        status = await self._store.indexes.status(version.name, version.fingerprint)
         return attributes.index_fields(version.schema).items() <= status.fields.items()
 
     async def _reindex(self, job: Job) -> None:
         job.stage = "indexing again"
         for fingerprint in await self._store.live(job.name):
-            await self._store.reindex(job.name, fingerprint)
+            await self._store.indexes.reindex(job.name, fingerprint)
 
     async def _backfill(self, job: Job, version: ModelVersion) -> None:
         name, fingerprint, store = job.name, version.fingerprint, self._store
         fields = attributes.index_fields(version.schema)
-        await store.ensure_index(name, fingerprint, version.dim, items_hint=await store.count(name), fields=fields)
+        await store.indexes.ensure(name, fingerprint, version.dim, items_hint=await store.count(name), fields=fields)
         await store.mark_live(name, fingerprint, version.ref)
         for tries_left in reversed(range(SCAN_TRIES)):
             try:
@@ -305,7 +305,7 @@ class Promotions:
                     raise
                 log.warning("job %s scans the items again: %s", job.id, error)
                 await asyncio.sleep(error.retry_after)
-        await store.reindex(name, fingerprint, fields=fields)
+        await store.indexes.reindex(name, fingerprint, fields=fields)
         await store.mark_ready(name, fingerprint)
 
     async def _encode_stored(self, job: Job, version: ModelVersion) -> None:
@@ -339,7 +339,7 @@ class Promotions:
             # The count first: items that are put in between are in the index, never the other way round. And not those
             # put since the scan began: the version may refuse them, and those it takes were indexed as they were put.
             expected = min(job.total, await self._store.count(job.name)) - job.refused
-            status = await self._store.index_status(job.name, version.fingerprint)
+            status = await self._store.indexes.status(job.name, version.fingerprint)
             now = time.monotonic()
             if status.failures:
                 raise ItemvecError(f"{status.failures} vectors of {version.ref} were refused by its index")
@@ -362,7 +362,7 @@ class Promotions:
         with contextlib.suppress(StoreUnavailable, PromotionLost):
             await self._hold(job)  # otherwise the index may be another job's by now
             await self._store.unmark_live(version.name, version.fingerprint)
-            await self._store.drop_version(version.name, version.fingerprint)
+            await self._store.indexes.drop(version.name, version.fingerprint)
 
     async def _drop_old(self, name: str) -> None:
         """Of the live versions the champion, the previous one and the challenger stay."""
@@ -382,7 +382,7 @@ class Promotions:
                         if not await self._store.leases.renew(name, me, LEASE_SECONDS):
                             return  # a promotion that runs now may need it
                         await self._store.unmark_live(name, fingerprint)
-                        await self._store.drop_version(name, fingerprint)
+                        await self._store.indexes.drop(name, fingerprint)
                         log.info("dropped the index and the vectors of %s", ref)
             finally:
                 renewal.cancel()

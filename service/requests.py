@@ -28,6 +28,9 @@ Item = dict[str, Any]
 MAX_COLUMNS = 1000
 MAX_DIM = 65_536
 DEFAULT_TOP = 5
+ALIASES = ("previous", "challenger")
+"""What a promotion may name in place of a number: the version before, for a rollback, and the one that is to come."""
+
 ABSENT = object()
 
 
@@ -215,12 +218,14 @@ def _raw(item: Item, pointer: str, errors: list[FieldError]) -> bytes:
         return b""
 
 
-def read_version(body: bytes) -> int:
-    """The version that is to be served, or filled."""
+def read_version(body: bytes) -> int | str:
+    """The version that is to be served, or filled: its number, or the alias that names it."""
     version = read_object(body, {"version"}).get("version")
     if type(version) is int and 1 <= version < 2**31:
         return version
-    raise InvalidRequest([expected("/version", "a version number, from 1", version)])
+    if isinstance(version, str) and version in ALIASES:
+        return version
+    raise InvalidRequest([expected("/version", f"a version number, from 1, or one of {', '.join(ALIASES)}", version)])
 
 
 def read_path_segment(raw: bytes) -> str:

@@ -128,6 +128,9 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's workers yield to every other process of the machine (nice 15), and the replicas and HAProxy are such: with
+        # all cores busy a request then waits for milliseconds, not for its turn.
+        "RAY_worker_niceness": "0",
         # What the processes say reaches our own stderr. Ours speak from WARNING on; this is a banner of Serve's.
         "RAY_DEDUP_LOGS_SKIP_REGEX": r"^INFO |^  • |^\s*$",
         # Agents of a node whose other processes were killed try to say so for a minute before they end.

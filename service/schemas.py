@@ -24,6 +24,7 @@ Item = Annotated[
         examples=[{"title": "A new film", "genres": ["Sci-Fi", "Action"], "release_year": 1999}],
     ),
 ]
+WantedVersion = Annotated[int, Field(ge=1)] | Literal["previous", "challenger"]
 ItemId = Annotated[str, Field(min_length=1, max_length=512, description="Any UTF-8 text up to 512 bytes")]
 Columns = Annotated[
     dict[str, Literal["oov", "partly_oov", "missing", "clipped", "ignored"]],
@@ -51,8 +52,10 @@ ARROW_EMBEDDINGS = (
     "metadata holds `model`, `fingerprint` and `degraded`. The header Accept chooses the form of the answer."
 )
 ARROW_ITEMS = (
-    "Sent: one row an item, with `id` (text). Answered: `id`, `status`, `columns` (map) and `errors` (list of "
-    "`pointer` and `detail`; null where the item was taken); the schema's metadata holds `model` and `fingerprint`."
+    "Sent: one row an item, with `id` (text); vectors that the served version made before may come as `embedding`, "
+    "with its `fingerprint` in the schema's metadata, and are not made again. Answered: `id`, `status`, `columns` (map) "
+    "and `errors` (list of `pointer` and `detail`; null where the item was taken); the schema's metadata holds `model` "
+    "and `fingerprint`."
 )
 
 
@@ -366,15 +369,15 @@ class ModelDetail(ServedModel):
 
 
 class AliasRequest(_Request):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}]})
 
-    version: int = Field(ge=1, description="The version to serve; the previous one for a rollback")
+    version: WantedVersion = Field(description="The version to serve, by number or alias; `previous` for a rollback")
 
 
 class BackfillRequest(_Request):
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}]})
 
-    version: int = Field(ge=1, description="The version whose index is to be made")
+    version: WantedVersion = Field(description="The version whose index is to be made, by number or alias")
 
 
 class Progress(_Answer):

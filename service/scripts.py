@@ -176,6 +176,15 @@ for _, fp in ipairs(ARGV) do
 end
 """
 
+SEARCH_LIKE = """
+-- What is near to a stored vector, in one round trip. KEYS: the vector's; ARGV: those of FT.SEARCH, but for the vector
+redis.setresp(3)
+local vector = redis.call('HGET', KEYS[1], 'v')
+if not vector then return false end
+ARGV[#ARGV + 1] = vector
+return redis.call('FT.SEARCH', unpack(ARGV))
+"""
+
 UNMARK = """
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('SREM', KEYS[2], ARGV[1])

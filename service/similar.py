@@ -10,7 +10,8 @@ query with that column missing. The encoder was trained with missing columns, so
 Contributions do not add up to the score, since columns overlap in what they say; a negative one says that the column
 speaks against this neighbor. The price is one encoding for each column of the query, and the neighbors' vectors.
 
-However many queries a request has, they are encoded at once, and the store is asked four times at most.
+However many queries a request has, they are encoded at once, and the store is asked four times at most; a lone query by
+the id of a stored item asks once.
 """
 
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ class Neighborhoods:
         Raises `StoreUnavailable` and `NotSearchable`, which are no query's own.
         """
         plans = [query if isinstance(query, InvalidRequest) else self._plan(query, version) for query in queries]
+        if len(plans) == 1 and (answer := await self._answer_by_id(request, version, plans[0])) is not None:
+            return [answer]
         good = [plan for plan in plans if isinstance(plan, _Plan)]
         await self._fetch(request, version, good)
         await self._encode(request, version, good)
@@ -91,6 +94,24 @@ class Neighborhoods:
             plan if isinstance(plan, InvalidRequest) else plan.error or _answer(plan, near[id(plan)], explained)
             for plan in plans
         ]
+
+    async def _answer_by_id(
+        self, request: Request, version: ModelVersion, plan: "_Plan | InvalidRequest"
+    ) -> Answer | None:
+        """To a query that is the id of an item with a vector and nothing more; None to any other."""
+        if isinstance(plan, InvalidRequest) or plan.changed or len(plan.query.examples) != 1:
+            return None
+        query, item_id = plan.query, plan.query.examples[0].what
+        if not isinstance(item_id, str):
+            return None
+        with self._measured.stored(request, "search"):
+            if not await self._models.is_searchable(version):
+                return None
+            name, fingerprint, schema = version.name, version.fingerprint, version.schema
+            near = await self._store.search_like(
+                name, fingerprint, item_id, query.k, query.exclude, where=plan.where, schema=schema
+            )
+        return None if near is None else _answer(plan, near, {})
 
     def _plan(self, query: SimilarQuery, version: ModelVersion) -> "_Plan | InvalidRequest":
         errors, where = _wrong_columns(query, version), None

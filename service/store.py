@@ -6,10 +6,9 @@ began later and sees the item; if it sees it, the writer adds that vector before
 are stored only while the item still has the `rev` they were made from.
 """
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -17,31 +16,25 @@ import orjson
 from numpy.typing import NDArray
 from redis import exceptions as errors
 
-from itemvec.errors import ConfigError, ItemNotFound, ItemvecError, StoreUnavailable
+from itemvec.errors import ItemNotFound, StoreUnavailable
 from itemvec.schema import FeatureSchema
 from service import scripts
-from service.attributes import Kind
 from service.conditions import Condition, Test, resolve
-from service.exact import ExactIndex
 from service.index import (
     Index,
-    Mode,
     Neighbor,
     NoIndex,
-    ServerInfo,
     Vectors,
     WantedMode,
-    check_fingerprint,
     checked_rows,
-    choose_mode,
-    create_command,
     read_neighbors,
-    says_no_index,
     search_command,
 )
-from service.keys import BUCKETS, Space, bucket_of, by_bucket, chunks, encode_ids, same_slot
+from service.indexes import Indexes
+from service.keys import BUCKETS, Space, bucket_of, by_bucket, chunks, encode_ids
 from service.leases import Leases
 from service.link import Command, Link
+from service.shared import SharedCache
 
 HOT_ITEMS = 64
 """Writes and reads of more items than this take the bulk client, so that they cannot hold up a search."""
@@ -87,19 +80,6 @@ class Query:
     where: Condition | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class IndexStatus:
-    mode: Mode
-    dim: int
-    docs: int
-    percent_indexed: float
-    """0 to 1. Below 1 a search answers with partial rows and no error: do not switch to it yet."""
-
-    failures: int
-    fields: dict[str, Kind] = field(default_factory=dict)
-    """What queries can filter by."""
-
-
 class Store:
     """Items and vectors of every model in one Redis, or one Redis Cluster.
 
@@ -129,10 +109,11 @@ class Store:
         self._bulk = Link(url, timeout=bulk_timeout, connections=4)
         self.address = self._hot.address
         self.leases = Leases(self._hot)
-        self._wanted = index
-        self._indexes: dict[tuple[str, str], Index] = {}
-        self._exact: dict[tuple[str, str], ExactIndex] = {}
+        self.cache = SharedCache(self._hot)
+        self.indexes = Indexes(self._hot, self._bulk, index)
         self._last_live: dict[str, frozenset[str]] = {}
+        self._script_searches = True
+        """Until a server says that its scripts may not."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,8 +122,7 @@ class Store:
         await self.close()
 
     async def close(self) -> None:
-        for index in self._exact.values():
-            index.close()
+        self.indexes.close()
         await self._hot.close()
         await self._bulk.close()
 
@@ -157,136 +137,7 @@ class Store:
         """Returns if Redis answers; raises `StoreUnavailable` if not."""
         await self._hot.each_node("PING")
 
-    async def server_info(self) -> ServerInfo:
-        infos = await self._bulk.each_node("INFO", "everything")
-        engine = None
-        for modules in await self._bulk.each_node("MODULE", "LIST"):
-            for module in modules:
-                if module[b"name"] == b"search":
-                    # 21005 -> 2.10.5, 80201 -> 8.2.1
-                    number = int(module[b"ver"])
-                    engine = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-        return ServerInfo(
-            version=str(infos[0]["redis_version"]),
-            query_engine=engine,
-            run_id=" ".join(sorted(str(info["run_id"]) for info in infos)),
-            evicts=any(
-                info.get("maxmemory") and str(info.get("maxmemory_policy")).startswith("allkeys") for info in infos
-            ),
-            cluster=await self._bulk.is_cluster(),
-        )
-
-    # What the encoder made of items, for `service/cache.py`
-
-    async def read_cache(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Parallel to `keys`, which have the hash tags of `keys.cache_key`."""
-        values: list[bytes | None] = [None] * len(keys)
-        groups: dict[str, list[int]] = {}
-        clustered = await self._hot.is_cluster()
-        for i, key in enumerate(keys):
-            groups.setdefault(key[: key.index("}")] if clustered else "", []).append(i)
-        replies = await self._hot.pipeline([("MGET", *(keys[i] for i in some)) for some in groups.values()])
-        for some, found in zip(groups.values(), replies, strict=True):
-            for i, value in zip(some, found, strict=True):
-                values[i] = value
-        return values
-
-    async def write_cache(self, entries: Mapping[str, bytes], seconds: float) -> None:
-        await self._hot.pipeline([("SET", key, value, "PX", int(seconds * 1000)) for key, value in entries.items()])
-
-    # Indexes and versions
-
-    async def ensure_index(
-        self,
-        name: str,
-        fp: str,
-        dim: int,
-        items_hint: int = 0,
-        mode: WantedMode | None = None,
-        fields: Mapping[str, Kind] | None = None,
-    ) -> bool:
-        """Makes the index of one version if it is not there; True if this call made it.
-
-        Call it before anything of that version is loaded: an index made over existing vectors answers partly
-        until it has read them all. `items_hint`: how many items are expected, for "auto". `fields`: what queries can
-        filter by. Raises `ConfigError` where Redis would evict items or cannot do the mode, and when the index exists
-        with another number of dimensions. One that exists keeps its mode and fields: `reindex` changes them.
-        """
-        check_fingerprint(fp)
-        space = Space(name)
-        server = await self.server_info()
-        if (record := await self._bulk.command("HGET", space.indexes, fp)) is not None:
-            found = Index.from_bytes(record)
-            if found.dim != dim:
-                raise ConfigError(
-                    f"index {space.index(fp, found.number)} in Redis has {found.dim} dimensions, this version {dim}: "
-                    "drop that version"
-                )
-            if found.mode == "exact" or (server.query_engine is not None and await self._exists(name, fp, found)):
-                self._indexes[name, fp] = found
-                return False
-            await self._bulk.command("HDEL", space.indexes, fp)
-        chosen = choose_mode(mode or self._wanted, items_hint, server, self.address)
-        index = Index(chosen, dim, dict(fields or {}), logged=chosen == "exact")
-        await self._bulk.command("SREM", space.ready, fp)
-        await self._remove_orphans(name, fp)
-        won = bool(await self._bulk.command("HSETNX", space.indexes, fp, index.to_bytes()))
-        if won and index.mode == "exact":
-            await self._bulk.command("HSET", space.ticks, f"{fp}:made", secrets.token_hex(8))
-        elif index.mode != "exact":
-            won = await self._create(name, fp, index)
-        self._indexes.pop((name, fp), None)
-        return won
-
-    async def reindex(
-        self, name: str, fp: str, mode: WantedMode | None = None, fields: Mapping[str, Kind] | None = None
-    ) -> bool:
-        """Gives a filled index another mode or more fields, while the old one is searched; True if it did.
-
-        It takes as long as the query engine needs to read all vectors. With `mode` "auto" or None it does something
-        where the number of items has crossed the bound, or the server can do less than before.
-        """
-        space = Space(name)
-        old, new = await self._reshaped(name, fp, mode, fields)
-        if new is None:
-            return False
-        if new.mode == "exact":
-            if old.mode != "exact":
-                await self._save_index(name, fp, replace(old, logged=True))  # from here on writes are noted
-                await self._log_all(name, fp)
-                # Last: a replica that still takes this index for the exact one of long ago would read half of the log.
-                await self._bulk.command("HSET", space.ticks, f"{fp}:made", secrets.token_hex(8))
-        else:
-            await self._drop_index(name, fp, new)  # of a try that was cut short
-            await self._create(name, fp, new)
-            await self._wait_until_filled(name, fp, new)
-        await self._save_index(name, fp, new)
-        if old.mode == "exact" != new.mode:
-            await self._bulk.command("HDEL", space.ticks, f"{fp}:made")  # so a replica that has not heard of it asks
-            await self._unlink(*space.every_log(fp))
-        elif old.mode != "exact":
-            await self._drop_index(name, fp, old)
-        return True
-
-    async def reindex_wanted(self, name: str, fp: str) -> bool:
-        """Would `reindex` do something?"""
-        return (await self._reshaped(name, fp, None, None))[1] is not None
-
-    async def index_status(self, name: str, fp: str) -> IndexStatus:
-        """Raises `StoreUnavailable` if there is no such index."""
-        space, index = Space(name), await self._read_index(self._bulk, name, fp)
-        if index.mode == "exact":
-            logs = [("ZCARD", space.log(fp, bucket)) for bucket in range(BUCKETS)]
-            return IndexStatus("exact", index.dim, sum(await self._bulk.pipeline(logs)), 1.0, 0, index.fields)
-        info = await self._index_info(name, fp, index)
-        return IndexStatus(
-            mode=index.mode,
-            dim=index.dim,
-            docs=int(info[b"num_docs"]),
-            percent_indexed=float(info[b"percent_indexed"]),
-            failures=int(info[b"hash_indexing_failures"]),
-            fields=index.fields,
-        )
+    # Versions
 
     async def mark_live(self, name: str, fp: str, ref: str) -> None:
         """From now on every write must reach this fingerprint; `ref` is its version, "movies@3"."""
@@ -315,19 +166,8 @@ class Store:
         for fp, record in indexes.items():
             index = Index.from_bytes(record)
             if index.mode == "exact" and fp.decode() in known:
-                self._exact_index(name, fp.decode(), index).follow()
+                self.indexes.exact(name, fp.decode(), index).follow()
         return known & {fp.decode() for fp in ready}
-
-    async def drop_version(self, name: str, fp: str) -> None:
-        """Removes the index, then the vectors of one version; unmark it first. May be done twice."""
-        space = Space(name)
-        self._forget(name, fp)
-        if (record := await self._bulk.command("HGET", space.indexes, fp)) is not None:
-            index = Index.from_bytes(record)
-            await self._drop_index(name, fp, index)
-            await self._drop_index(name, fp, replace(index, number=index.number + 1))  # a reindex was cut short
-        await self._bulk.pipeline([("HDEL", space.indexes, fp), ("HDEL", space.ticks, fp, f"{fp}:made")])
-        await self._unlink(f"{space.vectors(fp)}*", *space.every_log(fp))
 
     # Items
 
@@ -350,7 +190,7 @@ class Store:
             raise ValueError(f"{len(ids)} ids but {len(raws)} items")
         if not ids:
             return Written([], [], await self.live(name))
-        indexes = {fp: await self._index(name, fp) for fp in vectors}
+        indexes = {fp: await self.indexes.get(name, fp) for fp in vectors}
         rows = [_rows(f"{name} {fp}", encoded, len(ids), indexes[fp].dim) for fp, encoded in vectors.items()]
         token = secrets.token_hex(8)  # never given twice, also not to an item that was deleted in between
         revs = [f"{token}.{position}".encode() for position in range(len(ids))]
@@ -374,7 +214,7 @@ class Store:
                     created[i] = bool(flag)
         for fp, index in indexes.items():
             if not index.logged and (record := now.get(fp.encode())) and Index.from_bytes(record).logged:
-                self._forget(name, fp)  # it is about to become exact, and these changes were not noted
+                self.indexes.forget(name, fp)  # it is about to become exact, and these changes were not noted
                 await self.add_vectors(name, fp, ids, revs, vectors[fp])
         return Written(created, revs, self._note_live(name, live))
 
@@ -394,7 +234,7 @@ class Store:
         space, keys = Space(name), encode_ids(ids)
         if len(revs) != len(ids):
             raise ValueError(f"{len(ids)} ids but {len(revs)} revs")
-        index = await self._index(name, fp)
+        index = await self.indexes.get(name, fp)
         rows = _rows(f"{name} {fp}", vectors, len(ids), index.dim)
         then: list[Command] = [("EVAL", scripts.TICK, 1, space.ticks, fp)] if index.logged else []
         link, written = self._link_for(len(ids)), 0
@@ -460,7 +300,7 @@ class Store:
         # the item went; after this point it gets none, because the item's rev is gone.
         for fp in self._note_live(name, live).keys() - known:
             for chunk in chunks(len(ids)):
-                await self._remove_if_orphan(name, fp, [keys[i] for i in chunk])
+                await self.indexes.remove_if_orphan(name, fp, [keys[i] for i in chunk])
         return existed
 
     async def count(self, name: str) -> int:
@@ -477,7 +317,7 @@ class Store:
         """
         space = Space(name)
         start = len(space.item_prefix(0))
-        run_id = (await self.server_info()).run_id
+        run_id = (await self._bulk.server_info()).run_id
         waiting: list[bytes] = []
         async for keys in self._bulk.scan(space.every_item):
             waiting += [key[start:] for key in keys]
@@ -486,7 +326,7 @@ class Store:
                 del waiting[:batch]
         if waiting:
             yield await self._present(name, waiting)
-        if (await self.server_info()).run_id != run_id:
+        if (await self._bulk.server_info()).run_id != run_id:
             raise StoreUnavailable("Redis was restarted during a scan of all items; it has to be made again")
 
     # Neighbors
@@ -510,6 +350,51 @@ class Store:
         [neighbors] = await self.search_many(name, fp, [Query(vector, k, exclude, where)], schema)
         return neighbors
 
+    async def search_like(
+        self,
+        name: str,
+        fp: str,
+        item_id: str,
+        k: int,
+        exclude: Collection[str] = (),
+        where: Condition | None = None,
+        schema: FeatureSchema | None = None,
+    ) -> list[Neighbor] | None:
+        """As `search` with the vector of a stored item, which is none of its own neighbors; None if it has no vector.
+
+        One round trip where the query engine searches.
+        """
+        out = {item_id, *exclude}
+        if self._script_searches:
+            try:
+                found = await self._search_like(name, fp, item_id, k + len(out), where, schema)
+            except errors.ResponseError as error:  # an index that is no more, and the other way finds the next one
+                self._script_searches = "not allowed from script" not in str(error)
+            else:
+                if found is not None:
+                    return [neighbor for neighbor in found if neighbor.id not in out][:k]
+        [vector] = await self.get_vectors(name, fp, [item_id])
+        return None if vector is None else await self.search(name, fp, vector, k, out, where, schema)
+
+    async def _search_like(
+        self, name: str, fp: str, item_id: str, n: int, where: Condition | None, schema: FeatureSchema | None
+    ) -> list[Neighbor] | None:
+        """None where the index, or a graph that found too few, has to be asked in another way."""
+        index = await self.indexes.get(name, fp)
+        if index.mode == "exact":
+            return None
+        test = None if where is None else _resolved(where, schema)
+        if test is not None:
+            index.check(test)
+        space, [key] = Space(name), encode_ids([item_id])
+        prefix = space.vector_prefix(fp, bucket_of(key))
+        _, *wanted, _ = search_command(space, fp, index, b"", n, test, self._hot.milliseconds)
+        reply = await self._hot.command("EVAL", scripts.SEARCH_LIKE, 1, prefix + key, *wanted)
+        if not reply:  # it has no vector
+            return None
+        found = read_neighbors(reply, len(prefix))
+        return None if index.mode == "hnsw" and len(found) < n else found
+
     async def search_many(
         self, name: str, fp: str, queries: Sequence[Query], schema: FeatureSchema | None = None
     ) -> list[list[Neighbor]]:
@@ -524,9 +409,9 @@ class Store:
         try:
             return await self._search(name, fp, queries, tests)
         except (errors.ResponseError, NoIndex):  # the index may have been made again in another form: read it once more
-            if (name, fp) not in self._indexes:
+            if not self.indexes.is_known(name, fp):
                 raise
-            self._forget(name, fp)
+            self.indexes.forget(name, fp)
             return await self._search(name, fp, queries, tests)
 
     async def _search(
@@ -534,7 +419,7 @@ class Store:
     ) -> list[list[Neighbor]]:
         if not queries:
             return []
-        space, index = Space(name), await self._index(name, fp)
+        space, index = Space(name), await self.indexes.get(name, fp)
         what = f"{name} {fp}"
         matrix = [checked_rows(what, np.asarray(query.vector)[np.newaxis], 1, index.dim)[0] for query in queries]
         for test in tests:
@@ -542,7 +427,7 @@ class Store:
                 index.check(test)
         outs = [frozenset(query.exclude) for query in queries]
         if index.mode == "exact":
-            return await self._exact_index(name, fp, index).search(
+            return await self.indexes.exact(name, fp, index).search(
                 [
                     (vector, query.k, frozenset(item_id.encode() for item_id in out), test)
                     for vector, query, out, test in zip(matrix, queries, outs, tests, strict=True)
@@ -581,107 +466,6 @@ class Store:
     def _link_for(self, items: int) -> Link:
         return self._hot if items <= HOT_ITEMS else self._bulk
 
-    async def _index(self, name: str, fp: str) -> Index:
-        return self._indexes.get((name, fp)) or await self._read_index(self._hot, name, fp)
-
-    async def _read_index(self, link: Link, name: str, fp: str) -> Index:
-        record = await link.command("HGET", Space(name).indexes, fp)
-        if record is None:
-            self._forget(name, fp)
-            raise NoIndex(name, fp)
-        index = self._indexes[name, fp] = Index.from_bytes(record)
-        return index
-
-    async def _save_index(self, name: str, fp: str, index: Index) -> None:
-        await self._bulk.command("HSET", Space(name).indexes, fp, index.to_bytes())
-        self._indexes[name, fp] = index
-
-    def _exact_index(self, name: str, fp: str, index: Index) -> ExactIndex:
-        if (name, fp) not in self._exact:
-            self._exact[name, fp] = ExactIndex(name, fp, index.dim, self._hot, self._bulk)
-        return self._exact[name, fp]
-
-    def _forget(self, name: str, fp: str) -> None:
-        self._indexes.pop((name, fp), None)
-        self._exact.pop((name, fp), None)
-
-    async def _reshaped(
-        self, name: str, fp: str, mode: WantedMode | None, fields: Mapping[str, Kind] | None
-    ) -> tuple[Index, Index | None]:
-        """The index as it is, and as it should be if that is otherwise."""
-        old, docs = await self._read_index(self._bulk, name, fp), (await self.index_status(name, fp)).docs
-        wanted = choose_mode(mode or self._wanted, docs, await self.server_info(), self.address, old.mode)
-        wider = {**old.fields, **(fields or {})}
-        if (wanted, wider) == (old.mode, old.fields):
-            return old, None
-        return old, replace(old, mode=wanted, fields=wider, number=old.number + 1, logged=wanted == "exact")
-
-    async def _create(self, name: str, fp: str, index: Index) -> bool:
-        try:
-            await self._bulk.command(*create_command(Space(name), fp, index))
-        except errors.ResponseError as error:
-            if "already exists" not in str(error):
-                raise
-            return False  # another replica was faster
-        return True
-
-    async def _exists(self, name: str, fp: str, index: Index) -> bool:
-        try:
-            await self._index_info(name, fp, index)
-        except NoIndex:
-            return False
-        return True
-
-    async def _index_info(self, name: str, fp: str, index: Index) -> dict[bytes, Any]:
-        try:
-            info: dict[bytes, Any] = await self._bulk.command("FT.INFO", Space(name).index(fp, index.number))
-        except errors.ResponseError as error:
-            if says_no_index(error):
-                raise NoIndex(name, fp) from error
-            raise
-        return info
-
-    async def _wait_until_filled(self, name: str, fp: str, new: Index) -> None:
-        while True:
-            # The old one first: what is written in between is in the new one too. Not by the percentage alone: it is
-            # 100 until the query engine has begun to read.
-            docs = (await self.index_status(name, fp)).docs
-            info = await self._index_info(name, fp, new)
-            if failures := int(info[b"hash_indexing_failures"]):
-                await self._drop_index(name, fp, new)
-                raise ItemvecError(f"{failures} vectors of {name} {fp} were refused by its {new.mode} index")
-            if float(info[b"percent_indexed"]) >= 1 and int(info[b"num_docs"]) >= docs:
-                return
-            await asyncio.sleep(0.05)
-
-    async def _drop_index(self, name: str, fp: str, index: Index) -> None:
-        if index.mode == "exact":
-            return
-        try:  # never DD: it blocks the server 173 ms per 100,000 vectors
-            await self._bulk.command("FT.DROPINDEX", Space(name).index(fp, index.number))
-        except errors.ResponseError as error:
-            if not says_no_index(error):
-                raise
-        except ConfigError:  # the query engine is gone, and the index with it
-            pass
-
-    async def _log_all(self, name: str, fp: str) -> None:
-        """Notes every vector, as if it had just been written."""
-        space = Space(name)
-        start = len(space.vector_prefix(fp, 0))
-        async for keys in self._bulk.scan(space.vectors(fp) + "*"):
-            ids = [key[start:] for key in keys]
-            commands: list[Command] = []
-            for bucket, positions in by_bucket(ids, range(len(ids))).items():
-                names = [space.log(fp, bucket), space.gone(fp, bucket), *(keys[i] for i in positions)]
-                commands.append(("EVAL", scripts.LOG, len(names), *names, start + 1))
-            await self._bulk.pipeline(commands)
-
-    async def _unlink(self, *patterns: str) -> None:
-        for pattern in patterns:
-            async for keys in self._bulk.scan(pattern):
-                await self._bulk.pipeline([("UNLINK", *same) for same in same_slot(keys)])
-
     async def _items(self, link: Link, name: str, ids: Sequence[str], keys: Sequence[bytes]) -> list[Item | None]:
         space, found = Space(name), list[Item | None]()
         for chunk in chunks(len(ids)):
@@ -693,25 +477,6 @@ class Store:
     async def _present(self, name: str, keys: Sequence[bytes]) -> list[Item]:
         found = await self._items(self._bulk, name, [key.decode() for key in keys], keys)
         return [item for item in found if item is not None]
-
-    async def _remove_orphans(self, name: str, fp: str) -> None:
-        """A write that was under way when its version was dropped leaves a vector behind.
-
-        That of an item deleted since must not come back. Only vectors without an item go, so a replica that
-        already loads this version loses nothing.
-        """
-        start = len(Space(name).vector_prefix(fp, 0))
-        async for keys in self._bulk.scan(Space(name).vectors(fp) + "*"):
-            await self._remove_if_orphan(name, fp, [key[start:] for key in keys])
-
-    async def _remove_if_orphan(self, name: str, fp: str, keys: Sequence[bytes]) -> None:
-        space, commands = Space(name), list[Command]()
-        for bucket, positions in by_bucket(keys, range(len(keys))).items():
-            prefixes = (space.item_prefix(bucket), space.vector_prefix(fp, bucket))
-            names = [space.log(fp, bucket), space.gone(fp, bucket)]
-            names += [prefix + keys[i] for i in positions for prefix in prefixes]
-            commands.append(("EVAL", scripts.REMOVE_ORPHANS, len(names), *names, len(prefixes[0]) + 1))
-        await self._bulk.pipeline(commands, [("EVAL", scripts.TICK, 1, space.ticks, fp)])
 
     def _note_live(self, name: str, reply: Mapping[bytes, bytes]) -> dict[str, str]:
         live = {fp.decode(): ref.decode() for fp, ref in reply.items()}

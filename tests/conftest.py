@@ -13,6 +13,7 @@ from realservice import RealService, eventually
 
 from itemvec.registry import Registry
 from service.redis_server import EmbeddedRedis
+from service.store import Store
 from training.cluster import own_cluster
 
 # A busy machine is no defect of the code, so nothing here is timed; and threads of torch that wait for a core that
@@ -41,6 +42,25 @@ def empty_redis(redis_url: str) -> str:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     return redis_url
+
+
+@pytest.fixture
+async def store(empty_redis: str) -> AsyncIterator[Store]:
+    async with Store(empty_redis) as store:
+        yield store
+
+
+@pytest.fixture
+async def other(empty_redis: str) -> AsyncIterator[Store]:
+    """A second replica of the service."""
+    async with Store(empty_redis) as store:
+        yield store
+
+
+@pytest.fixture
+def raw_redis(empty_redis: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(empty_redis) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

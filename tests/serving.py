@@ -102,7 +102,7 @@ class Running:
         answer = await self.client.post("/v1/items", json={"items": items})
         assert answer.json()["created"] == len(ITEMS), answer.text
 
-    async def promote(self, version: int, name: str = "toys") -> dict[str, Any]:
+    async def promote(self, version: int | str, name: str = "toys") -> dict[str, Any]:
         """Starts a promotion and waits for its end."""
         answer = await self.client.put(f"/v1/models/{name}/aliases/champion", json={"version": version})
         assert answer.status_code == 202, answer.text

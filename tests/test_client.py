@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import redis
 import serving
@@ -14,10 +15,14 @@ import uvicorn
 from click.testing import CliRunner
 from serving import ITEMS, TOY, TOYS
 
+from itemvec.bulk import load_items
 from itemvec.cli import cli
 from itemvec.client import Client, ServiceProblem, ServiceUnreachable
+from itemvec.errors import ConfigError
 from itemvec.registry import Registry
+from itemvec.table import read_table
 from itemvec.version import ModelVersion
+from training.embed_table import embed_table
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,59 @@ def test_neighbors_and_columns_come_as_the_service_gives_them(client: Client, mo
     assert len(answer["neighbors"]) == 2
     [columns] = client.decode(model.encode([TOY]).vectors, "toys")
     assert set(columns) == {"maker", "tags", "price", "age", "added"}
+
+
+def embedded(folder: Path, registry: Path, table: Path, ref: str = "toys") -> str:
+    embed_table(str(table), Registry(registry), ref, folder)
+    return str(folder)
+
+
+def test_a_table_is_loaded_as_columns_and_only_the_items_that_are_wrong_are_refused(client: Client) -> None:
+    model = client.call("GET", "/v1/models/toys")
+    rows = [{**toy, "sku": f"again {i}"} for i, toy in enumerate(TOYS[:5])]
+    done = load_items(client, pa.Table.from_pylist(rows), model, batch_size=2)
+    assert (done.created, done.refused) == (5, 0)
+    assert client.item("again 3", "toys") == client.item(TOYS[3]["sku"], "toys")
+    rows[1]["maker"] = "x" * 70_000  # a stream is refused for it as a whole
+    done = load_items(client, pa.Table.from_pylist(rows), model, batch_size=5)
+    assert (done.updated, done.refused, done.refused_ids) == (4, 1, {"again 1"})
+    assert "65536" in done.reasons[0][1]
+
+
+def test_vectors_that_a_version_made_of_a_table_are_stored_and_not_made_again(
+    client: Client, url: str, toy_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**toy, "sku": f"ready {i}"} for i, toy in enumerate(TOYS[:6])]
+    table = tmp_path / "toys.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    monkeypatch.setattr("training.embed_table.BLOCK", 4)  # two files
+    folder = embedded(tmp_path / "vectors", toy_registry, table)
+    file = Path(folder, "part-000001.parquet")
+    written = pq.read_table(file)
+    turned = pa.array([[1.0] + [0.0] * 7] * 2, written.schema.field("embedding").type)  # nobody would encode it so
+    pq.write_table(written.set_column(1, "embedding", turned), file)
+    done = CliRunner().invoke(cli, ["load", str(table), "--vectors", folder, "--url", url], catch_exceptions=False)
+    assert done.stdout.startswith("6 created, 0 updated, 0 refused")
+    stored = [client.call("GET", f"/v1/items/ready%20{i}")["embedding"] for i in (0, 5)]
+    assert stored[1] == [1.0] + [0.0] * 7
+    assert stored[0] == pytest.approx(pq.read_table(folder)["embedding"][0].as_py())
+
+
+def test_vectors_of_another_version_or_of_other_items_are_refused_in_one_line(
+    client: Client, toy_registry: Path, tmp_path: Path
+) -> None:
+    model, table = client.call("GET", "/v1/models/toys"), tmp_path / "toys.parquet"
+    pq.write_table(pa.Table.from_pylist(TOYS), table)
+    other = read_table(embedded(tmp_path / "other", toy_registry, table, "toys@2"))
+    with pytest.raises(ConfigError, match=r"are of toys@2 \(fingerprint \w+\), and toys@1 .* is served"):
+        load_items(client, pa.Table.from_pylist(TOYS), model, vectors=other)
+    right = read_table(embedded(tmp_path / "right", toy_registry, table))
+    with pytest.raises(ConfigError, match="1 items have no vector, such as 'new'"):
+        load_items(client, pa.Table.from_pylist([{**TOYS[0], "sku": "new"}]), model, vectors=right)
+    for wrong in ([0.5] * 8, [1.0], [float("nan")] * 8):
+        vectors = pa.table({"sku": ["a"], "embedding": [wrong]}, metadata={"fingerprint": model["fingerprint"]})
+        with pytest.raises(ServiceProblem, match=r"422 /items/(0/)?embedding"):
+            client.put(vectors, "toys")
 
 
 def similar(url: str, *args: str) -> str:

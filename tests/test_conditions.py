@@ -110,9 +110,9 @@ async def films(request: pytest.FixtureRequest, empty_redis: str) -> AsyncIterat
     mode: Mode = request.param
     vectors = np.random.default_rng(0).standard_normal((len(ITEMS), DIM)).astype(np.float32)
     async with Store(empty_redis, index=mode) as store:
-        await store.ensure_index("films", "aa", DIM, fields=attributes.index_fields(SCHEMA))
+        await store.indexes.ensure("films", "aa", DIM, fields=attributes.index_fields(SCHEMA))
         await store.mark_live("films", "aa", "films@1")
-        assert (await store.index_status("films", "aa")).mode == mode
+        assert (await store.indexes.status("films", "aa")).mode == mode
         columns = attributes.filterable(SCHEMA)
         encoded = Encoded(vectors, attributes=[attributes.fields(columns, item) for item in ITEMS])
         await store.put("films", [str(i) for i in range(len(ITEMS))], [b"{}"] * len(ITEMS), {"aa": encoded})
@@ -166,7 +166,7 @@ async def test_recall_stays_with_a_filter_that_few_pass(empty_redis: str) -> Non
     columns = attributes.filterable(schema)
     rare = [attributes.fields(columns, {"c": "rare" if i < 50 else "common"}) for i in range(5000)]
     async with Store(empty_redis, index="hnsw") as store:
-        await store.ensure_index("m", "aa", 32, fields=attributes.index_fields(schema))
+        await store.indexes.ensure("m", "aa", 32, fields=attributes.index_fields(schema))
         await store.put("m", [str(i) for i in range(5000)], [b"{}"] * 5000, {"aa": Encoded(vectors, attributes=rare)})
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         hits = 0
@@ -180,7 +180,7 @@ async def test_recall_stays_with_a_filter_that_few_pass(empty_redis: str) -> Non
 
 async def test_a_column_that_the_index_has_not_got_yet_is_an_error_and_not_an_empty_answer(empty_redis: str) -> None:
     async with Store(empty_redis) as store:
-        await store.ensure_index("films", "aa", DIM)
+        await store.indexes.ensure("films", "aa", DIM)
         with pytest.raises(StoreUnavailable, match="has no column genre yet"):
             await store.search("films", "aa", np.ones(DIM), 1, where=Eq("genre", "-"), schema=SCHEMA)
 

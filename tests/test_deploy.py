@@ -320,9 +320,9 @@ async def test_redis_lets_the_service_do_its_work_and_nothing_beside_it(guarded,
     server, url = guarded
     async with Store(url, index=index) as store:
         await store.ping()
-        await store.write_cache({"iv:enc:f1:{e00}:x": b"1"}, 5.0)
-        assert await store.read_cache(["iv:enc:f1:{e00}:x"]) == [b"1"]
-        await store.ensure_index("m", "f1", 2)
+        await store.cache.write({"iv:enc:f1:{e00}:x": b"1"}, 5.0)
+        assert await store.cache.read(["iv:enc:f1:{e00}:x"]) == [b"1"]
+        await store.indexes.ensure("m", "f1", 2)
         await store.mark_live("m", "f1", "m@1")
         east, north = np.eye(2, dtype=np.float32)
         written = await store.put("m", ["a", "b"], [b"{}", b"{}"], {"f1": np.stack([east, north])})
@@ -330,7 +330,8 @@ async def test_redis_lets_the_service_do_its_work_and_nothing_beside_it(guarded,
         await store.mark_ready("m", "f1")
         assert await store.ready("m") == {"f1"}
         assert [n.id for n in await store.search("m", "f1", east, 1)] == ["a"]
-        assert (await store.index_status("m", "f1")).docs == 2
+        assert [n.id for n in await store.search_like("m", "f1", "a", 1)] == ["b"]
+        assert (await store.indexes.status("m", "f1")).docs == 2
         assert [item.id async for batch in store.scan("m") for item in batch]
         assert await store.leases.claim("m", "me", 5.0) == "me"
         await store.leases.release("m", "me")
@@ -338,9 +339,9 @@ async def test_redis_lets_the_service_do_its_work_and_nothing_beside_it(guarded,
         assert await store.leases.job("j") == b"{}"
         assert await store.delete("m", ["a"]) == [True]
         assert await store.count("m") == 1
-        assert await store.reindex("m", "f1", "hnsw")
+        assert await store.indexes.reindex("m", "f1", "hnsw")
         await store.unmark_live("m", "f1")
-        await store.drop_version("m", "f1")
+        await store.indexes.drop("m", "f1")
     service = redis.Redis.from_url(url)
     for forbidden in ("FLUSHALL", "CONFIG GET dir", "ACL LIST", "KEYS *", "GET other", "SHUTDOWN"):
         with pytest.raises(redis.exceptions.NoPermissionError):
@@ -437,19 +438,40 @@ def selectors(expression: object) -> Iterator[promql_parser.VectorSelector]:
                 yield from selectors(inner)
 
 
-@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.alert)
-def test_alerts_ask_for_series_and_labels_that_the_service_writes(rule):
+def checked_labels(expr: str) -> set[str]:
+    """The labels that an expression groups by; fails if it asks for a series or a label that nobody writes."""
     known = {**declared(), "up": {"job", "instance"}}
-    found = list(selectors(promql_parser.parse(rule.expr)))
+    found = list(selectors(promql_parser.parse(expr)))
     assert found
     for selector in found:
         assert selector.name in known
         assert {matcher.name for matcher in selector.matchers.matchers} <= known[selector.name]
-    grouping = re.findall(r"(?:by|on) \(([^)]*)\)", rule.expr)
+    grouping = re.findall(r"(?:by|on) \(([^)]*)\)", expr)
     labels = {label.strip() for labels in grouping for label in labels.split(",") if label.strip()}
-    assert labels <= set().union(*known.values())
+    assert labels <= set().union(*(known[selector.name] for selector in found))
+    return labels
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.alert)
+def test_alerts_ask_for_series_and_labels_that_the_service_writes(rule):
+    labels = checked_labels(rule.expr)
     told = set(re.findall(r"\$labels\.(\w+)", " ".join(rule.annotations.values())))
     assert told <= labels | {"instance"}, "an alert keeps only the labels that it groups by"
+
+
+def test_the_dashboard_shows_every_series_of_the_service_and_no_other():
+    board = json.loads((DEPLOY / "grafana.json").read_text())
+    shown = set()
+    for target in (target for panel in board["panels"] for target in panel["targets"]):
+        found = {selector.name for selector in selectors(promql_parser.parse(target["expr"]))}
+        labels = checked_labels(target["expr"]) or set().union(*(declared()[name] for name in found))
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels
+        shown |= found
+    assert {re.sub("_bucket$", "", name) for name in shown} == {
+        metric._name + ("_total" if metric._type == "counter" else "")
+        for metric in vars(Metrics()).values()
+        if hasattr(metric, "_labelnames")
+    }
 
 
 def test_prometheus_scrapes_the_service_with_the_key_it_was_given(compose):

@@ -50,8 +50,8 @@ async def replicas(redis_of: str) -> AsyncIterator[tuple[Store, Store]]:
     """Two of them, with one exact index of two dimensions."""
     # On a busy machine three servers may not answer in the default 0.12 s; here it is about what they answer.
     async with Store(redis_of, timeout=5.0, index="exact") as one, Store(redis_of, timeout=5.0, index="exact") as two:
-        assert await one.ensure_index("m", "aa", 2)
-        assert not await two.ensure_index("m", "aa", 2)
+        assert await one.indexes.ensure("m", "aa", 2)
+        assert not await two.indexes.ensure("m", "aa", 2)
         await one.mark_live("m", "aa", "m@1")
         yield one, two
 
@@ -77,7 +77,7 @@ async def test_every_replica_finds_what_any_of_them_wrote(replicas: tuple[Store,
     assert "i3" not in await found(one)
     await one.put("m", ["i3"], [b"{}"], {"aa": turned(0.15)[None]})
     assert await found(two) == ["i1", "i2", *(f"i{n}" for n in range(3, 20)), "i0"]
-    assert (await one.index_status("m", "aa")).docs == await two.count("m") == 20
+    assert (await one.indexes.status("m", "aa")).docs == await two.count("m") == 20
 
 
 async def test_many_items_at_once_by_several_writers(replicas: tuple[Store, Store]) -> None:
@@ -140,19 +140,19 @@ async def test_a_version_that_was_dropped_or_made_anew_is_not_answered_from_memo
     await one.put("m", ["a"], [b"{}"], {"aa": EAST[None]})
     assert await found(two) == ["a"]
     await one.unmark_live("m", "aa")
-    await one.drop_version("m", "aa")
+    await one.indexes.drop("m", "aa")
     with pytest.raises(StoreUnavailable, match="no index for fingerprint aa"):
         await found(two)
-    await one.ensure_index("m", "aa", 2)
+    await one.indexes.ensure("m", "aa", 2)
     assert await found(two) == []
 
 
 async def test_items_and_leases_on_a_cluster_are_as_on_one_server(redis_of: str) -> None:
     async with Store(redis_of, timeout=5.0, index="exact") as store:
-        info = await store.server_info()
+        info = await store._bulk.server_info()
         assert info.cluster is redis_of.startswith("redis:")
         await store.ping()
-        await store.ensure_index("m", "aa", 2)
+        await store.indexes.ensure("m", "aa", 2)
         await store.mark_live("m", "aa", "m@1")
         await store.mark_ready("m", "aa")
         assert await store.ready("m") == {"aa"}
@@ -166,28 +166,28 @@ async def test_items_and_leases_on_a_cluster_are_as_on_one_server(redis_of: str)
         assert await store.add_vectors("m", "aa", ids[:2], [written.revs[0], b"old"], np.ones((2, 2))) == 1
         assert await store.leases.claim("m", "me", 5.0) == "me"
         assert await store.leases.claim("m", "you", 5.0) == "me"
-        await store.write_cache({f"iv:enc:aa:{{e{n:02}}}:x": str(n).encode() for n in range(64)}, 60.0)
+        await store.cache.write({f"iv:enc:aa:{{e{n:02}}}:x": str(n).encode() for n in range(64)}, 60.0)
         keys = [f"iv:enc:aa:{{e{n:02}}}:x" for n in range(64)]
-        assert await store.read_cache([*keys, "iv:enc:aa:{e00}:none"]) == [*(str(n).encode() for n in range(64)), None]
+        assert await store.cache.read([*keys, "iv:enc:aa:{e00}:none"]) == [*(str(n).encode() for n in range(64)), None]
         assert all(await store.delete("m", ids))
         await store.unmark_live("m", "aa")
-        await store.drop_version("m", "aa")
+        await store.indexes.drop("m", "aa")
         assert await store.count("m") == 0
 
 
 async def test_a_cluster_takes_no_other_mode(cluster: list["subprocess.Popen[bytes]"]) -> None:
     async with Store(rediscluster.url(cluster[0])) as store:
         with pytest.raises(ConfigError, match="is a cluster, where the index is exact"):
-            await store.ensure_index("n", "aa", 2, mode="flat")
-        await store.ensure_index("n", "aa", 2)
-        assert (await store.index_status("n", "aa")).mode == "exact"
+            await store.indexes.ensure("n", "aa", 2, mode="flat")
+        await store.indexes.ensure("n", "aa", 2)
+        assert (await store.indexes.status("n", "aa")).mode == "exact"
 
 
 async def test_a_cluster_with_a_hung_node_costs_no_more_than_200_ms(
     cluster: list["subprocess.Popen[bytes]"],
 ) -> None:
     async with Store(rediscluster.url(cluster[0])) as store:
-        await store.ensure_index("h", "aa", 2)
+        await store.indexes.ensure("h", "aa", 2)
         await store.mark_live("h", "aa", "h@1")
         ids = [str(n) for n in range(64)]
         await store.put("h", ids, [b"{}"] * 64, {"aa": np.ones((64, 2))})
@@ -217,7 +217,7 @@ async def test_what_a_restarted_redis_lost_leaves_the_memory(tmp_path: Path, mon
     monkeypatch.setattr(exact, "RESTART_SECONDS", 0.0)
     with EmbeddedRedis(tmp_path) as server:
         async with Store(server.url, index="exact") as store:
-            await store.ensure_index("m", "aa", 2)
+            await store.indexes.ensure("m", "aa", 2)
             await store.put("m", ["kept", "lost"], [b"{}"] * 2, {"aa": np.stack([EAST, NORTH])})
             assert await found(store) == ["kept", "lost"]
             with redis.Redis.from_url(server.url) as client:  # as a crash might that comes before the disk has it
@@ -235,7 +235,7 @@ async def test_while_all_vectors_are_read_a_search_is_told_to_come_again(
 ) -> None:
     monkeypatch.setattr(exact, "READING_SECONDS", 0.1)
     async with Store(empty_redis, index="exact") as one, Store(empty_redis, index="exact") as two:
-        await one.ensure_index("m", "aa", 2)
+        await one.indexes.ensure("m", "aa", 2)
         await one.put("m", ["a"], [b"{}"], {"aa": EAST[None]})
         pipeline, go_on = two._bulk.pipeline, asyncio.Event()
 

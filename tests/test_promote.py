@@ -49,7 +49,7 @@ async def test_the_previous_version_stays_searchable_and_a_rollback_encodes_noth
     pinned = (await post(toys, "/v1/similar", {"id": "toy 3", "model": "toys@1"})).json()
     assert (pinned["model"], len(pinned["neighbors"])) == ("toys@1", 10)
     assert (await toys.client.put("/v1/items/new", json=TOY)).status_code == 201  # reaches both
-    job = await toys.promote(1)
+    job = await toys.promote("previous")
     assert (job["state"], job["progress"]) == ("succeeded", {"done": 0, "total": 0})
     assert toys.registry.aliases("toys") == {"champion": 1, "previous": 2}
     body = (await post(toys, "/v1/similar", {"item": TOY, "k": 2, "exclude": ["toy 3"]})).json()
@@ -136,7 +136,7 @@ async def test_searches_and_writes_go_on_through_a_switch(toys: Running) -> None
     count = await toys.store.count("toys")
     for version in (1, 2):
         fingerprint = toys.registry.manifest("toys", version).fingerprint
-        assert (await toys.store.index_status("toys", fingerprint)).docs == count
+        assert (await toys.store.indexes.status("toys", fingerprint)).docs == count
 
 
 async def test_one_promotion_of_a_model_at_a_time(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ async def test_an_index_that_outgrew_its_form_gets_another_in_a_job(
     promotions.start()
 
     async def outgrown() -> bool:
-        return (await toys.store.index_status("toys", fingerprint)).mode == "hnsw"
+        return (await toys.store.indexes.status("toys", fingerprint)).mode == "hnsw"
 
     await eventually(outgrown)
     job = await toys.finished(started[0].id)
@@ -335,7 +335,7 @@ async def test_a_job_that_lost_its_lease_stops_and_leaves_the_index_alone(
     assert "another may have begun" in job["problem"]["detail"]
     assert toys.registry.aliases("toys") == {"champion": 1}
     assert await _is_live(toys, "toys@2")  # the other job may be filling it
-    assert (await toys.store.index_status("toys", toys.registry.manifest("toys", 2).fingerprint)).dim == serving.DIM
+    assert (await toys.store.indexes.status("toys", toys.registry.manifest("toys", 2).fingerprint)).dim == serving.DIM
     assert await toys.store.leases.claim("toys", "a third", 60.0) == "another job"
 
 
@@ -384,7 +384,9 @@ async def test_a_restart_serves_what_the_store_is_complete_for(
             assert len(body["neighbors"]) == 39
 
 
-@pytest.mark.parametrize("body", [{}, {"version": "2"}, {"version": True}, {"version": 0}, {"version": 10**20}])
+@pytest.mark.parametrize(
+    "body", [{}, {"version": "2"}, {"version": ["previous"]}, {"version": True}, {"version": 0}, {"version": 10**20}]
+)
 async def test_a_wrong_promotion_is_refused(toys: Running, body: dict[str, Any]) -> None:
     path, content = "/v1/models/toys/aliases/champion", json.dumps(body).encode()
     assert_problem(await toys.client.put(path, content=content, headers=JSON), 422, "/version")

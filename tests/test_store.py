@@ -1,10 +1,7 @@
+"""Items and their vectors: what was put is there, is found, and is lost by no switch of versions."""
+
 import asyncio
 import itertools
-import os
-import signal
-import subprocess
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +10,16 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
+from storing import Vectors, go_live, restart, rows, turned
 
-from itemvec.errors import ConfigError, ItemNotFound, StoreUnavailable
-from service import index
-from service.breaker import Breaker
+from itemvec.errors import ItemNotFound, StoreUnavailable
+from service import scripts
 from service.index import Mode, read_neighbors
-from service.redis_server import EmbeddedRedis, find_binaries
-from service.store import Encoded, IndexStatus, Neighbor, Query, Store
+from service.indexes import IndexStatus
+from service.redis_server import EmbeddedRedis
+from service.store import Encoded, Neighbor, Query, Store
 
 pytestmark = pytest.mark.anyio
-
-Vectors = NDArray[np.float32]
-
-
-@pytest.fixture
-async def store(empty_redis: str) -> AsyncIterator[Store]:
-    async with Store(empty_redis) as store:
-        yield store
-
-
-@pytest.fixture
-async def other(empty_redis: str) -> AsyncIterator[Store]:
-    """A second replica of the service."""
-    async with Store(empty_redis) as store:
-        yield store
-
-
-@pytest.fixture
-def raw_redis(empty_redis: str) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(empty_redis) as client:
-        yield client
-
-
-async def go_live(store: Store, fp: str = "aa", dim: int = 2, name: str = "movies") -> None:
-    await store.ensure_index(name, fp, dim)
-    await store.mark_live(name, fp, f"{name}@1")
-
-
-def rows(*vectors: tuple[float, ...]) -> Vectors:
-    return np.array(vectors, np.float32)
-
-
-def turned(angle: float) -> Vectors:
-    return np.array([np.cos(angle), np.sin(angle)], np.float32)
 
 
 # Neighbors
@@ -76,7 +37,7 @@ async def test_neighbors_are_ranked_by_angle_not_by_length(store: Store) -> None
 
 @pytest.mark.parametrize("mode", ["flat", "hnsw", "exact"])
 async def test_k_neighbors_are_left_after_excluding_many(store: Store, mode: Mode) -> None:
-    await store.ensure_index("movies", "aa", 2, mode=mode)
+    await store.indexes.ensure("movies", "aa", 2, mode=mode)
     angles = np.arange(1, 301) * 0.01
     ids = [f"film {i}" for i in range(300)]
     await store.put("movies", ids, [b"{}"] * 300, {"aa": np.stack([turned(angle) for angle in angles])})
@@ -106,7 +67,7 @@ async def test_the_graph_index_finds_what_exact_search_finds(store: Store) -> No
     dice = np.random.default_rng(0)
     vectors, queries = dice.standard_normal((1000, 64)), dice.standard_normal((50, 64))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    await store.ensure_index("movies", "aa", 64, mode="hnsw")
+    await store.indexes.ensure("movies", "aa", 64, mode="hnsw")
     await store.put("movies", [str(i) for i in range(1000)], [b"{}"] * 1000, {"aa": vectors})
     hits = 0
     for query in queries:
@@ -119,7 +80,7 @@ async def test_where_a_graph_gives_too_few_every_vector_is_compared(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors that are nearly the same can be an island in a graph, from which the rest is not reached."""
-    await store.ensure_index("movies", "aa", 2, mode="hnsw")
+    await store.indexes.ensure("movies", "aa", 2, mode="hnsw")
     ids = [f"film {i}" for i in range(300)]
     await store.put("movies", ids, [b"{}"] * 300, {"aa": np.stack([turned(i / 100) for i in range(300)])})
     knn, asked = store._knn, list[bool]()
@@ -140,7 +101,7 @@ async def test_a_search_that_was_cut_short_is_an_error(raw_redis: redis.Redis, e
     # A reply of the real server, with too little time for 20,000 x 128 numbers.
     vectors = np.random.default_rng(0).standard_normal((20_000, 128)).astype(np.float32)
     async with Store(empty_redis) as store:
-        await store.ensure_index("movies", "aa", 128, mode="flat")
+        await store.indexes.ensure("movies", "aa", 128, mode="flat")
         await store.put("movies", [str(i) for i in range(20_000)], [b"{}"] * 20_000, {"aa": vectors})
         reply = await store._bulk.command(
             "FT.SEARCH", "iv:idx:movies:aa:1", "*=>[KNN 20000 @v $q AS d]", "RETURN", 1, "d", "LIMIT", 0, 20_000,
@@ -149,6 +110,31 @@ async def test_a_search_that_was_cut_short_is_an_error(raw_redis: redis.Redis, e
     assert len(reply[b"results"]) < 20_000
     with pytest.raises(StoreUnavailable, match="cut short: Timeout limit was reached"):
         read_neighbors(reply, 0)
+
+
+@pytest.mark.parametrize("mode", ["flat", "hnsw", "exact"])
+async def test_what_is_like_an_item_is_what_is_near_to_its_vector_but_for_itself(store: Store, mode: Mode) -> None:
+    await store.indexes.ensure("movies", "aa", 2, mode=mode)
+    ids = [f"film {i}" for i in range(300)]
+    await store.put("movies", ids, [b"{}"] * 300, {"aa": np.stack([turned(i / 100) for i in range(300)])})
+    found = await store.search_like("movies", "aa", "film 0", k=20, exclude=ids[1:11])
+    assert found == await store.search("movies", "aa", turned(0), 20, exclude=ids[:11])
+    assert [neighbor.id for neighbor in found] == ids[11:31]
+    assert await store.search_like("movies", "aa", "film 0", k=9, exclude=ids) == []
+    assert await store.search_like("movies", "aa", "none", k=9) is None
+
+
+async def test_what_is_like_an_item_is_asked_in_two_calls_where_scripts_may_not_search(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await go_live(store)
+    await store.put("movies", ["a", "b"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
+    # What a script may not call in the server at hand, an FT.SEARCH may not be in another one.
+    monkeypatch.setattr(scripts, "SEARCH_LIKE", "return redis.call('SUBSCRIBE', 'x')")
+    for _ in range(2):
+        found = await store.search_like("movies", "aa", "a", k=9)
+        assert [neighbor.id for neighbor in found or ()] == ["b"]
+        assert not store._script_searches
 
 
 async def test_k_below_1_is_refused(store: Store) -> None:
@@ -220,7 +206,7 @@ async def test_many_items_at_once(store: Store) -> None:
     assert [(item.id, item.raw, item.rev) for item in items if item] == list(zip(ids, raws, written.revs, strict=True))
     found = await store.get_vectors("movies", "aa", ids)
     assert np.array_equal(np.stack([vector for vector in found if vector is not None]), vectors)
-    assert await store.index_status("movies", "aa") == IndexStatus("flat", 2, 2000, 1.0, 0)
+    assert await store.indexes.status("movies", "aa") == IndexStatus("flat", 2, 2000, 1.0, 0)
     assert await store.delete("movies", [*ids[:1999], "none"]) == [True] * 1999 + [False]
     assert await store.count("movies") == 1
 
@@ -257,7 +243,7 @@ async def test_models_whose_names_begin_alike_are_apart(store: Store) -> None:
     for name in names:
         assert [[item.id for item in batch] async for batch in store.scan(name)] == [[name]]
         assert [found.id for found in await store.search(name, "aa", rows((1, 0))[0], k=9)] == [name]
-    await store.drop_version("movies", "aa")
+    await store.indexes.drop("movies", "aa")
     for name in names[1:]:
         assert await store.search(name, "aa", rows((1, 0))[0], k=9) == [Neighbor(name, 1.0)]
     for name in ("", "a:b", "{a}", "a*"):
@@ -394,7 +380,7 @@ async def test_no_write_is_lost_while_a_version_takes_over(store: Store, other: 
             known = set(written.live)
 
     async def backfill() -> None:
-        await other.ensure_index("movies", "new", 2)
+        await other.indexes.ensure("movies", "new", 2)
         await other.mark_live("movies", "new", "movies@2")
         async for batch in other.scan("movies", batch=20):
             await asyncio.sleep(0.002)  # so that many an item changes after it was read
@@ -412,86 +398,9 @@ async def test_no_write_is_lost_while_a_version_takes_over(store: Store, other: 
         assert {
             item_id: vector.tolist() for item_id, vector in zip(ids, found, strict=True) if vector is not None
         } == expected
-        assert (await store.index_status("movies", fp)).docs == len(items) == await store.count("movies")
+        assert (await store.indexes.status("movies", fp)).docs == len(items) == await store.count("movies")
     assert next(numbers) > 300
     assert late > 0
-
-
-async def test_an_index_is_made_once(store: Store, other: Store) -> None:
-    made = await asyncio.gather(*(replica.ensure_index("movies", "aa", 2) for replica in [store, other] * 4))
-    assert sorted(made) == [False] * 7 + [True]
-    with pytest.raises(ConfigError, match="iv:idx:movies:aa:1 in Redis has 2 dimensions, this version 3"):
-        await store.ensure_index("movies", "aa", 3)
-
-
-@pytest.mark.parametrize(("items", "mode"), [(49_999, "flat"), (50_000, "hnsw")])
-async def test_large_stores_get_a_graph_index(store: Store, items: int, mode: Mode) -> None:
-    await store.ensure_index("movies", "aa", 2, items_hint=items)
-    assert (await store.index_status("movies", "aa")).mode == mode
-
-
-FORMS: list[Mode] = ["flat", "hnsw", "exact", "hnsw", "flat", "exact", "flat"]
-
-
-@pytest.fixture
-async def patient(empty_redis: str) -> AsyncIterator[tuple[Store, Store]]:
-    """Two replicas for tests that keep Redis busy, on a machine that may be."""
-    async with Store(empty_redis, timeout=10.0) as store, Store(empty_redis, timeout=10.0) as other:
-        yield store, other
-
-
-async def test_an_index_takes_another_form_while_it_is_searched_and_written(patient: tuple[Store, Store]) -> None:
-    """`other` is never told; what it has acknowledged is found all the same, by both."""
-    store, other = patient
-    await store.ensure_index("movies", "aa", 2, mode=FORMS[0])
-    await store.mark_live("movies", "aa", "movies@1")
-    ids = [f"tt{i}" for i in range(2000)]
-    await store.put("movies", ids, [b"{}"] * 2000, {"aa": np.stack([turned(0.5 + i / 5000) for i in range(2000)])})
-    done = False
-    written = ["tt0"]
-
-    async def write() -> None:
-        while not done:
-            item_id = f"new {len(written)}"
-            await other.put("movies", [item_id], [b"{}"], {"aa": turned(0.4 - len(written) / 1e5)[None]})
-            written.append(item_id)
-            await asyncio.sleep(0.002)
-
-    async def search(replica: Store) -> None:
-        while not done:
-            last = written[-1]
-            found = {neighbor.id for neighbor in await replica.search("movies", "aa", turned(0.0), 1000)}
-            assert last in found
-            assert len(found) == 1000
-            await asyncio.sleep(0.002)
-
-    working = [asyncio.create_task(work) for work in (write(), search(store), search(other))]
-    for form in FORMS[1:]:
-        assert await store.reindex("movies", "aa", form)
-        assert not await store.reindex("movies", "aa", form)
-        await asyncio.sleep(0.02)
-        assert (await other.index_status("movies", "aa")).mode == form
-    done = True
-    await asyncio.gather(*working)
-    assert len(written) > 20
-    assert (await store.index_status("movies", "aa")).docs == await store.count("movies")
-
-
-async def test_a_store_whose_size_crossed_the_bound_wants_another_form(
-    store: Store, raw_redis: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(index, "FLAT_UP_TO", 100)
-    monkeypatch.setattr(index, "FLAT_DOWN_TO", 50)
-    await go_live(store)
-    for items, form in ((99, "flat"), (100, "hnsw"), (51, "hnsw"), (49, "flat"), (99, "flat")):
-        ids = [str(i) for i in range(100)]
-        await store.delete("movies", ids)
-        await store.put("movies", ids[:items], [b"{}"] * items, {"aa": np.ones((items, 2), np.float32)})
-        now = (await store.index_status("movies", "aa")).mode
-        assert await store.reindex_wanted("movies", "aa") is (now != form)
-        assert await store.reindex("movies", "aa") is (now != form)
-        assert (await store.index_status("movies", "aa")).mode == form
-    assert len(raw_redis.execute_command("FT._LIST")) == 1
 
 
 async def test_an_item_that_a_version_refuses_loses_its_old_vector_in_it(store: Store) -> None:
@@ -516,77 +425,6 @@ async def test_many_queries_at_once_are_answered_in_their_order(store: Store) ->
     found = await store.search_many("movies", "aa", queries)
     assert [[neighbor.id for neighbor in neighbors] for neighbors in found] == [["a"], ["b", "a"], ["b"]]
     assert await store.search_many("movies", "aa", []) == []
-
-
-async def test_dropping_a_version_leaves_the_others(store: Store, raw_redis: redis.Redis) -> None:
-    await go_live(store, "aa")
-    await go_live(store, "bb")
-    ids = [f"tt{i}" for i in range(1500)]
-    await store.put("movies", ids, [b"{}"] * 1500, dict.fromkeys(["aa", "bb"], np.ones((1500, 2), np.float32)))
-    for _ in range(2):
-        await store.unmark_live("movies", "aa")
-        await store.drop_version("movies", "aa")
-    assert await store.live("movies") == {"bb": "movies@1"}
-    assert not raw_redis.keys("iv:vec:movies:aa:*")
-    assert len(raw_redis.keys("iv:vec:movies:bb:*")) == 1500
-    with pytest.raises(StoreUnavailable, match="movies has no index for fingerprint aa"):
-        await store.search("movies", "aa", turned(0), k=1)
-    assert len(await store.search("movies", "bb", turned(0), k=3)) == 3
-
-
-async def test_no_deleted_item_comes_back_with_the_index_of_a_dropped_version(store: Store, other: Store) -> None:
-    await go_live(store, "aa")
-    await store.put("movies", ["kept", "deleted"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
-    assert await other.search("movies", "aa", turned(0), k=1)
-    await store.unmark_live("movies", "aa")
-    await store.drop_version("movies", "aa")
-    # A write that began before the drop: `other` has not heard of it, and its vectors have no index any more.
-    await other.put("movies", ["kept", "deleted"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
-    assert await store.live("movies") == {}
-    await store.delete("movies", ["deleted"])
-    assert await store.ensure_index("movies", "aa", 2)
-    for _ in range(500):
-        if (await store.index_status("movies", "aa")).percent_indexed == 1:
-            break
-        await asyncio.sleep(0.01)
-    assert [found.id for found in await store.search("movies", "aa", rows((1, 1))[0], k=2)] == ["kept"]
-
-
-async def test_what_is_ready_ends_with_being_live(store: Store) -> None:
-    await go_live(store, "aa")
-    await go_live(store, "bb")
-    await store.mark_ready("movies", "aa")
-    assert await store.ready("movies") == {"aa"}
-    await store.unmark_live("movies", "aa")
-    await store.mark_live("movies", "aa", "movies@1")
-    assert await store.ready("movies") == set()
-
-
-async def test_an_index_made_anew_is_not_ready(store: Store, raw_redis: redis.Redis) -> None:
-    await go_live(store, "aa")
-    await store.mark_ready("movies", "aa")
-    raw_redis.execute_command("FT.DROPINDEX", "iv:idx:movies:aa:1")
-    await store.ensure_index("movies", "aa", 2)
-    assert await store.ready("movies") == set()
-
-
-async def test_one_switches_at_a_time(store: Store, other: Store) -> None:
-    assert await store.leases.claim("movies", "one", ttl=10) == "one"
-    assert await other.leases.claim("movies", "two", ttl=10) == "one"
-    assert await other.leases.claim("books", "two", ttl=10) == "two"
-    await other.leases.release("movies", "two")  # not his to give back
-    assert await store.leases.claim("movies", "one", ttl=0.05) == "one"
-    await asyncio.sleep(0.1)
-    assert await other.leases.claim("movies", "two", ttl=10) == "two"
-    await other.leases.release("movies", "two")
-    assert await store.leases.claim("movies", "one", ttl=10) == "one"
-
-
-async def test_a_job_is_kept_for_a_while(store: Store, other: Store) -> None:
-    await store.leases.save_job("7", b'{"state": "running"}', ttl=0.2)
-    assert await other.leases.job("7") == b'{"state": "running"}'
-    await asyncio.sleep(0.25)
-    assert await other.leases.job("7") is None
 
 
 # Scanning
@@ -617,241 +455,3 @@ async def test_a_scan_tells_that_redis_was_restarted(tmp_path: Path) -> None:
             with pytest.raises(StoreUnavailable, match="restarted"):
                 async for _ in scan:
                     pass
-
-
-# Redis is down, hung, full, or lacks something
-
-
-def kill(server: EmbeddedRedis) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.pid is not None:
-        time.sleep(0.005)
-
-
-def restart(server: EmbeddedRedis) -> None:
-    kill(server)
-    server.start()
-
-
-CALLS: dict[str, Callable[[Store], Awaitable[object]]] = {
-    "ping": lambda store: store.ping(),
-    "get": lambda store: store.get("movies", "tt1"),
-    "get_many": lambda store: store.get_many("movies", ["tt1"] * 1000),
-    "get_vectors": lambda store: store.get_vectors("movies", "aa", ["tt1"]),
-    "put": lambda store: store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))}),
-    "put many": lambda store: store.put("movies", ["tt1"] * 99, [b"{}"] * 99, {"aa": rows(*[(1, 0)] * 99)}),
-    "add_vectors": lambda store: store.add_vectors("movies", "aa", ["tt1"], [b"1"], rows((1, 0))),
-    "delete": lambda store: store.delete("movies", ["none"]),
-    "search": lambda store: store.search("movies", "aa", turned(0), 1),
-    "count": lambda store: store.count("movies"),
-    "live": lambda store: store.live("movies"),
-    "mark_live": lambda store: store.mark_live("movies", "aa", "movies@1"),
-    "ensure_index": lambda store: store.ensure_index("movies", "aa", 2),
-    "index_status": lambda store: store.index_status("movies", "aa"),
-    "server_info": lambda store: store.server_info(),
-}
-
-
-async def fails_within(seconds: float, call: Awaitable[object]) -> StoreUnavailable:
-    start = time.monotonic()
-    with pytest.raises(StoreUnavailable) as failure:
-        await call
-    assert time.monotonic() - start < seconds
-    return failure.value
-
-
-async def test_every_call_fails_at_once_while_redis_is_down_and_works_when_it_is_back(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path) as server:
-        async with Store(server.url) as store:
-            await go_live(store)
-            await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
-            for call in CALLS.values():
-                await call(store)
-            await asyncio.to_thread(kill, server)
-            assert store.available
-            for call in CALLS.values():
-                failure = await fails_within(0.2, call(store))
-                assert failure.retry_after > 0
-            assert not store.available
-            await fails_within(0.005, store.ping())  # the breaker is open: nothing is tried
-            await asyncio.to_thread(server.start)
-            await asyncio.sleep(1.0)
-            for call in CALLS.values():
-                await call(store)
-            assert store.available
-
-
-async def test_a_short_restart_of_redis_is_not_noticed(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path) as server:
-        async with Store(server.url) as store:
-            await go_live(store)
-            await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
-            await asyncio.to_thread(restart, server)  # the connections in the pool are dead now
-            for call in CALLS.values():
-                await call(store)
-
-
-async def test_a_hung_redis_costs_no_more_than_200_ms(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path) as server:
-        async with Store(server.url) as store:
-            await go_live(store)
-            await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
-            assert server.pid is not None
-            os.kill(server.pid, signal.SIGSTOP)
-            try:
-                for name in ("get", "search", "put", "delete"):
-                    failure = await fails_within(0.2, CALLS[name](store))
-                    assert "did not answer in 0.12 s" in str(failure)
-                await asyncio.gather(*(fails_within(0.2, store.ping()) for _ in range(100)))
-            finally:
-                os.kill(server.pid, signal.SIGCONT)
-            await asyncio.sleep(1.0)
-            for call in CALLS.values():
-                await call(store)
-
-
-async def test_calls_whose_connection_is_lost_are_sent_again(empty_redis: str, raw_redis: redis.Redis) -> None:
-    async with Store(empty_redis, timeout=2.0) as store:  # how fast the new connections are is not the point
-        await go_live(store)
-        await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
-        raw_redis.client_pause(50)
-        calls = [asyncio.create_task(store.get("movies", "tt1")) for _ in range(10)]
-        await asyncio.sleep(0.02)
-        assert raw_redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") >= 10
-        assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 10
-
-
-async def test_many_calls_at_once_wait_for_each_other(store: Store) -> None:
-    await go_live(store)
-    ids = [str(i) for i in range(500)]
-    await store.put("movies", ids, [b"{}"] * 500, {"aa": np.ones((500, 2), np.float32)})
-    items = await asyncio.gather(*(store.get("movies", item_id) for item_id in ids))
-    assert [item.id for item in items] == ids
-
-
-async def test_calls_do_not_fail_because_this_process_stood_still(store: Store) -> None:
-    await go_live(store)
-    await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
-    calls = [asyncio.create_task(store.get("movies", "tt1")) for _ in range(100)]
-    await asyncio.sleep(0.001)
-    time.sleep(0.3)  # noqa: ASYNC251 - to block the event loop is the point
-    assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 100
-
-
-async def test_an_abandoned_call_leaves_no_answer_for_the_next_one(store: Store) -> None:
-    await go_live(store)
-    ids = [str(i) for i in range(200)]
-    await store.put("movies", ids, [item_id.encode() for item_id in ids], {"aa": np.ones((200, 2), np.float32)})
-    dice = np.random.default_rng(0)
-    for _ in range(10):
-        tasks = [asyncio.create_task(store.get("movies", item_id)) for item_id in ids]
-        await asyncio.sleep(dice.random() / 100)
-        for chosen in dice.choice(200, 100, replace=False):
-            tasks[chosen].cancel()
-        for item_id, item in zip(ids, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
-            if isinstance(item, Exception):
-                raise item
-            assert isinstance(item, asyncio.CancelledError) or item[:2] == (item_id, item_id.encode())
-
-
-async def test_a_full_redis_refuses_a_write_whole(store: Store, raw_redis: redis.Redis) -> None:
-    await go_live(store)
-    await store.put("movies", ["tt1"], [b"old"], {"aa": rows((1, 0))})
-    raw_redis.config_set("maxmemory", 1)
-    try:
-        with pytest.raises(StoreUnavailable, match="full, raise its maxmemory"):
-            await store.put("movies", ["tt1", "tt2"], [b"new"] * 2, {"aa": rows((0, 1), (0, 1))})
-        assert (await store.get("movies", "tt1")).raw == b"old"
-        assert await store.search("movies", "aa", rows((1, 0))[0], k=1) == [Neighbor("tt1", 1.0)]
-    finally:
-        raw_redis.config_set("maxmemory", 0)
-    assert await store.count("movies") == 1
-
-
-async def test_a_redis_that_evicts_is_refused(store: Store, raw_redis: redis.Redis) -> None:
-    raw_redis.config_set("maxmemory", "1gb")
-    raw_redis.config_set("maxmemory-policy", "allkeys-lru")
-    try:
-        with pytest.raises(ConfigError, match="set its maxmemory-policy to noeviction"):
-            await store.ensure_index("movies", "aa", 2)
-    finally:
-        raw_redis.config_set("maxmemory-policy", "noeviction")
-        raw_redis.config_set("maxmemory", 0)
-
-
-@pytest.fixture
-def plain_redis(tmp_path: Path) -> Iterator[str]:
-    """The server without its query engine."""
-    socket = tmp_path / "redis.sock"
-    command = [find_binaries()[0], "--port", "0", "--unixsocket", socket, "--save", "", "--dir", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        with redis.Redis(unix_socket_path=str(socket), retry=Retry(ConstantBackoff(0.01), 1000)) as client:
-            client.ping()
-        yield f"unix://{socket}"
-        process.kill()
-
-
-async def test_a_mode_that_needs_the_query_engine_is_refused_without_it_with_the_ways_out(plain_redis: str) -> None:
-    async with Store(plain_redis) as store:
-        assert (await store.server_info()).query_engine is None
-        with pytest.raises(
-            ConfigError, match=r"no query engine.*Redis 8 or Redis Stack.*ITEMVEC_INDEX=exact.*embedded"
-        ):
-            await store.ensure_index("movies", "aa", 2, mode="hnsw")
-        assert await store.ensure_index("movies", "aa", 2)
-        assert (await store.index_status("movies", "aa")).mode == "exact"
-
-
-async def test_no_error_tells_the_password() -> None:
-    async with Store("redis://user:secret@127.0.0.1:1/0") as store:
-        failure = await fails_within(0.2, store.ping())
-    assert "redis://127.0.0.1:1" in str(failure)
-    assert "secret" not in str(failure) + str(failure.__cause__) + store.address
-
-
-async def test_what_the_server_is(store: Store) -> None:
-    info = await store.server_info()
-    assert (info.version, info.query_engine, info.evicts) == ("8.2.3", "2.10.5", False)
-
-
-async def test_it_is_told_when_redis_goes_and_when_it_is_back(tmp_path: Path) -> None:
-    told: list[bool] = []
-    with EmbeddedRedis(tmp_path) as server:
-        async with Store(server.url, changed=told.append) as store:
-            await store.ping()
-            await asyncio.to_thread(kill, server)
-            for _ in range(8):
-                await fails_within(0.2, store.ping())
-            assert told == [True]
-            await asyncio.to_thread(server.start)
-            await asyncio.sleep(1.0)
-            await store.ping()
-            await store.ping()
-            assert told == [True, False]
-
-
-def test_the_breaker_opens_after_failures_in_a_row_and_lets_one_call_try_each_second() -> None:
-    now = 0.0
-    breaker = Breaker(failures=3, pause=1.0, clock=lambda: now)
-    for _ in range(2):
-        breaker.failure()
-    breaker.success()
-    for _ in range(3):
-        breaker.enter()
-        breaker.failure()
-    assert breaker.is_open
-    now = 0.75
-    with pytest.raises(StoreUnavailable) as refusal:
-        breaker.enter()
-    assert refusal.value.retry_after == 0.25
-    now = 1.0
-    breaker.enter()
-    with pytest.raises(StoreUnavailable):  # one is trying already
-        breaker.enter()
-    now = 2.0
-    breaker.enter()  # that one was given up by its caller; the next may try
-    breaker.success()
-    breaker.enter()
-    breaker.enter()
-    assert not breaker.is_open
