@@ -26,7 +26,7 @@ from itemvec.errors import StoreUnavailable
 from itemvec.schema import FeatureSchema
 from service import attributes
 from service.conditions import Eq, resolve
-from service.index import Mode, search_command
+from service.index import Mode, Neighbor, search_command
 from service.keys import Space, bucket_of
 from service.redis_server import EmbeddedRedis
 from service.store import Encoded, Store
@@ -130,21 +130,24 @@ async def search(url: str, mode: Mode, items: int) -> list[dict[str, Any]]:
         index, space = await store.indexes.get("m", "aa"), Space("m")
         asked = np.random.default_rng(1).integers(items, size=QUERIES).tolist()
         for filtered in (False, True):
-            times: dict[str, list[float]] = {"store": []} | ({} if mode == "exact" else {"redis": []})
+            ways = ["store"] if mode == "exact" else ["store", "redis"]
+            times: dict[str, list[float]] = {way: [] for way in ways}
             hits = 0
             for item in asked:
                 label = (item + 50) % LABELS if filtered else None
                 where = None if label is None else Eq("label", str(label))
-                began = time.perf_counter()
-                found = await store.search_like("m", "aa", str(item), K, where=where, schema=SCHEMA)
-                times["store"].append((time.perf_counter() - began) * 1e6)
-                if mode != "exact":
-                    test = None if where is None else resolve(where, SCHEMA)
-                    key = str(item).encode()
+                test = None if where is None else resolve(where, SCHEMA)
+                key = str(item).encode()
+                found: list[Neighbor] | None = None
+                ways.reverse()  # the second one finds what it needs in the processor's caches
+                for way in ways:
                     began = time.perf_counter()
-                    vector = await bare.hget(space.vector_prefix("aa", bucket_of(key)) + key, "v")  # type: ignore[misc]
-                    await bare.execute_command(*search_command(space, "aa", index, vector, K + 1, test, 10_000))
-                    times["redis"].append((time.perf_counter() - began) * 1e6)
+                    if way == "store":
+                        found = await store.search_like("m", "aa", str(item), K, where=where, schema=SCHEMA)
+                    else:
+                        vector = await bare.hget(space.vector_prefix("aa", bucket_of(key)) + key, "v")  # type: ignore[misc]
+                        await bare.execute_command(*search_command(space, "aa", index, vector, K + 1, test, 10_000))
+                    times[way].append((time.perf_counter() - began) * 1e6)
                 hits += len({neighbor.id for neighbor in found or ()} & nearest(matrix, item, label))
             told = {f"{who} p{p}": float(np.percentile(t, p)) for who, t in times.items() for p in (50, 99)}
             row = {

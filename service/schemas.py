@@ -52,10 +52,10 @@ ARROW_EMBEDDINGS = (
     "metadata holds `model`, `fingerprint` and `degraded`. The header Accept chooses the form of the answer."
 )
 ARROW_ITEMS = (
-    "Sent: one row an item, with `id` (text); vectors that the served version made before may come as `embedding`, "
-    "with its `fingerprint` in the schema's metadata, and are not made again. Answered: `id`, `status`, `columns` (map) "
-    "and `errors` (list of `pointer` and `detail`; null where the item was taken); the schema's metadata holds `model` "
-    "and `fingerprint`."
+    "Sent: one row an item, with `id` (text). Vectors that the served version made may come as `embedding`, with "
+    "its `fingerprint` in the schema's metadata, and are not made again. Answered: `id`, `status`, `columns` (map) and "
+    "`errors` (list of `pointer` and `detail`; null where the item was taken); the schema's metadata holds `model` and "
+    "`fingerprint`."
 )
 
 

@@ -17,8 +17,7 @@ from service.store import Store
 from training.cluster import own_cluster
 
 # A busy machine is no defect of the code, so nothing here is timed; and threads of torch that wait for a core that
-# something else has make small arithmetic many times slower. Ray's workers have one thread too, whatever the shell
-# says.
+# something else has make small arithmetic many times slower. Ray's workers have one thread too, whatever the shell has.
 settings.register_profile("itemvec", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("itemvec")
 torch.set_num_threads(1)
