@@ -13,11 +13,12 @@ from films import SCHEMA, table
 
 from itemvec.cli import cli
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
-from itemvec.errors import SchemaMismatch
+from itemvec.errors import SchemaMismatch, TableError
 from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
 from itemvec.version import Lineage, ModelVersion
 from training.baselines import BASELINES
+from training.cli import likes_as
 from training.config import TrainConfig
 from training.data import Prepared
 from training.evaluate import against, assess, evaluate_version, like_with_like
@@ -257,6 +258,24 @@ def test_the_command_reads_likes_by_the_columns_that_it_is_told(evaluated, train
     cold = json.loads((tmp_path / "out" / "evaluation.json").read_text())["cold_start"]
     assert cold["users"] == evaluated["cold_start"]["users"]
     assert cold["model"] == pytest.approx(evaluated["cold_start"]["model"], abs=1e-3)
+
+
+def test_without_a_table_of_likes_those_of_the_training_are_read_as_it_read_them(tmp_path):
+    place, said = tmp_path / "likes.parquet", []
+    pq.write_table(pa.table({"who": ["ann", "ann", "bob"], "item_id": ["x", "y", "gone"]}), place)
+    lineage = Lineage(
+        table="films", table_sha256="0" * 64, table_rows=2, train_rows=2, interactions=str(place),
+        config={"interactions": {"user": "who"}},
+    )  # fmt: skip
+    ids, fold = ["x", "y"], np.zeros(2, np.int8)
+    likes = likes_as(None, (), lineage, said.append)(ids, fold)
+    assert likes.toarray().tolist() == [[1, 1], [0, 0]] and said == [f"with the likes of its training, {place}"]
+    place.unlink()
+    assert likes_as(None, (), lineage, said.append)(ids, fold) is None
+    assert said[1].startswith("the likes of its training cannot be read") and str(place) in said[1]
+    with pytest.raises(TableError):  # what was asked for is not left out
+        likes_as(str(place), (), lineage, said.append)(ids, fold)
+    assert likes_as(None, (), lineage.model_copy(update={"interactions": None}), said.append) is None
 
 
 def test_the_command_names_a_column_that_the_table_lacks(trained, tmp_path):

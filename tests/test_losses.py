@@ -89,6 +89,21 @@ def test_more_candidates_than_anchors_are_more_negatives():
     assert loss.tolist() == pytest.approx([math.log(1 + 2 / math.e)] * 2)
 
 
+def test_hard_negatives_are_those_that_score_highest():
+    # Cosines 1 to the own one, .8 and 0 to the others: of these one is kept, e^1 against e^.8. The second anchor has
+    # cosines .8, 1 and .6.
+    three = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    loss = losses.in_batch_softmax(
+        three[:2], three, torch.zeros(2, 3, dtype=torch.bool), torch.zeros(3), 1.0, 1.0, hard=1
+    )
+    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-0.2))] * 2)
+    nobody = torch.zeros(2, 3, dtype=torch.bool)
+    all_of_them, none_left_out = (
+        losses.in_batch_softmax(three[:2], three, nobody, torch.zeros(3), 1.0, 1.0, hard=hard) for hard in (0, 2)
+    )
+    assert torch.equal(all_of_them, none_left_out)
+
+
 def test_presence_is_binary_cross_entropy():
     logit = torch.tensor([math.log(3), math.log(3)])
     assert losses.presence(logit, torch.tensor([1.0, 0.0])).tolist() == pytest.approx([math.log(4 / 3), math.log(4)])

@@ -13,7 +13,7 @@ from training.config import TrainConfig
 from training.data import Prepared
 from training.folds import TRAIN
 from training.interactions import Interactions
-from training.start import columns, gains_from, start_from_components
+from training.start import columns, gains_from, start_from_components, unseen_as_unknown
 
 SCHEMA = """
 name: toys
@@ -81,6 +81,16 @@ def test_a_label_that_no_training_item_has_says_nothing(tmp_path):
     by_label = dict(zip(("red", "green", "blue"), (red, green, blue), strict=True))
     mean = sum(share[i] * by_label[label] for i, label in enumerate(labels[:3]))
     torch.testing.assert_close(plaid, mean, atol=1e-4, rtol=0)
+
+
+def test_after_training_a_label_that_no_item_has_is_an_unknown_one(tmp_path):
+    data = prepared(tmp_path, schema=SCHEMA.replace("{kind: nominal}", "{kind: nominal, labels: [red, green, plaid]}"))
+    encoder = ItemEncoder(EncoderConfig(dim=4, hidden=()), data.layout)
+    unknown, _, red, green, plaid = encoder.table[:5].detach().clone()  # and blue, which is not named, is unknown
+    unseen_as_unknown(encoder, data)
+    after = encoder.table[:5].detach()
+    assert torch.equal(after[4], unknown) and not torch.equal(plaid, unknown)
+    assert torch.equal(after[2], red) and torch.equal(after[3], green) and torch.equal(after[0], unknown)
 
 
 def test_more_dimensions_than_the_columns_have_are_zeros(tmp_path):

@@ -58,14 +58,14 @@ from training.coldstart import FITTED, cold_start
 from training.config import TrainConfig
 from training.exhibits import Exhibits, exhibits
 from training.folds import TEST, TRAIN, VALIDATION, fold_of, some
-from training.ingest import MIN_TRAIN_ROWS
+from training.ingest import MIN_TRAIN_ROWS, taken
 from training.judged import Floats, Judged, Rows, Views, bags_of, judged_version, measured_rows, searched_rows, truth_of
 from training.readback import read_back
 from training.retrieval import K, nested_sizes, retrieve
 from training.space import cross_recall, neighbor_overlap, space
 
-LikesOf = Callable[[list[str], npt.NDArray[np.int8]], sp.csr_matrix]
-"""The ids of n items and their folds -> (users, n), whether a user liked an item."""
+LikesOf = Callable[[list[str], npt.NDArray[np.int8]], sp.csr_matrix | None]
+"""The ids of n items and their folds -> (users, n), whether a user liked an item; None where nobody knows."""
 
 
 def evaluate_version(
@@ -121,7 +121,7 @@ def against(parent: ModelVersion, model: Judged, table: pa.Table, fold: npt.NDAr
     searched, id_column = searched_rows(fold), parent.schema.id
     if id_column not in table.column_names:
         return None
-    batches = rows(table.take(pa.array(searched)), id_column, [f.name for f in parent.schema.features])
+    batches = rows(taken(table, searched), id_column, [f.name for f in parent.schema.features])
     try:
         theirs = torch.from_numpy(np.concatenate([parent.encode(items).vectors for _, items in batches]))
     except InvalidItem:

@@ -157,14 +157,16 @@ def info_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 
 def in_batch_softmax(
-    anchor: Tensor, candidate: Tensor, clash: Tensor, log_q: Tensor, temperature: float, correction: float
-) -> Tensor:
+    anchor: Tensor, candidate: Tensor, clash: Tensor, log_q: Tensor, temperature: float, correction: float,
+    hard: int = 0,
+) -> Tensor:  # fmt: skip
     """Anchor i has to find candidate i among all of them, sampled as they are (Yi et al. 2019). -> (n,)
 
     anchor (n, d) and candidate (C, d), C >= n, unit vectors; clash (n, C): candidates that are no negative of the
     anchor, because they are the anchor or its positive once more; log_q (C,): the logarithm of how likely each
     candidate was to be drawn. `correction` of it is subtracted from the logits, so that a popular item, which is in
-    most batches, is not pushed away for that.
+    most batches, is not pushed away for that. With `hard`, the softmax is over the positive and so many others only,
+    those that score highest (hard negatives).
 
     >>> three = torch.eye(3)
     >>> nobody, alike = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(3)
@@ -174,6 +176,10 @@ def in_batch_softmax(
     logits = anchor @ candidate.T / temperature - correction * log_q
     own = torch.eye(len(anchor), len(candidate), dtype=torch.bool, device=anchor.device)
     logits = logits.masked_fill(clash & ~own, float("-inf"))
+    if 0 < hard < len(candidate) - 1:
+        others = logits.masked_fill(own, float("-inf"))
+        least = others.detach().topk(hard, dim=1).values[:, -1:]
+        logits = logits.masked_fill((others < least) & ~own, float("-inf"))
     return functional.cross_entropy(logits, torch.arange(len(anchor), device=anchor.device), reduction="none")
 
 

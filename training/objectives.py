@@ -229,7 +229,7 @@ class CoEngage(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):
             loss = losses.in_batch_softmax(
                 embedding[:n].float(), embedding[n:].float(), clash, self.log_q[candidate], self.config.temperature,
-                self.config.popularity_correction,
+                self.config.popularity_correction, self.config.hard,
             )  # fmt: skip
         return {"co_engage": loss.mean()}
 

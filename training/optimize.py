@@ -13,7 +13,8 @@ from training.config import OptimizerConfig
 class Optimization:
     """Steps the layers by the config's method and the tables by Adam, at rates that follow the schedule.
 
-    Call `step` after every backward pass and `epoch_ended` after every epoch; `steps` are those of one epoch.
+    Call `step` after every backward pass and `epoch_ended` after every epoch; `steps` are those of one epoch,
+    `weighted` as in `OptimizerConfig.rates`.
     """
 
     def __init__(
@@ -24,13 +25,15 @@ class Optimization:
         epochs: int,
         steps: int,
         sparse: bool,
+        weighted: bool = False,
     ) -> None:
         self.config, self.sparse, self._layers = config, sparse, list(layers)
-        self.optimizers: list[optim.Optimizer] = [_of_layers(layers, config)]
+        rate, table_rate = config.rates(weighted)
+        self.optimizers: list[optim.Optimizer] = [_of_layers(layers, config, rate)]
         if tables and sparse:
-            self.optimizers.append(optim.SparseAdam(tables, lr=config.table_learning_rate))
+            self.optimizers.append(optim.SparseAdam(tables, lr=table_rate))
         elif tables:
-            self.optimizers.append(optim.Adam(tables, lr=config.table_learning_rate, fused=tables[0].is_cuda))
+            self.optimizers.append(optim.Adam(tables, lr=table_rate, fused=tables[0].is_cuda))
         self._by_step = [_by_step(optimizer, config, epochs, steps) for optimizer in self.optimizers]
         self._by_loss = [
             lr_scheduler.ReduceLROnPlateau(optimizer, factor=config.factor, patience=config.every - 1, threshold=0.0)
@@ -72,8 +75,8 @@ class Optimization:
         return {"optimizers": self.optimizers, "by_step": self._by_step, "by_loss": self._by_loss}
 
 
-def _of_layers(layers: Sequence[nn.Parameter], config: OptimizerConfig) -> optim.Optimizer:
-    rate, decay, fused = config.learning_rate, config.weight_decay, layers[0].is_cuda
+def _of_layers(layers: Sequence[nn.Parameter], config: OptimizerConfig, rate: float) -> optim.Optimizer:
+    decay, fused = config.weight_decay, layers[0].is_cuda
     if config.method == "sgd":
         return optim.SGD(layers, lr=rate, momentum=config.momentum, weight_decay=decay, fused=fused)
     if config.method == "adam":

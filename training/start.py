@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from itemvec.encoder import ItemEncoder
-from itemvec.features import BagSlot, DenseSlot
+from itemvec.features import FIRST, OOV, BagSlot, DenseSlot
 from training.data import EncodedTable, Prepared
 from training.folds import TRAIN
 from training.interactions import Interactions
@@ -137,6 +137,16 @@ def _fill_in_unseen(loading: Floats, blocks: Blocks, data: Prepared) -> None:
         if isinstance(column.slot, BagSlot):
             raw = blocks.mean[column.place] / blocks.scale[column.place]
             loading[column.place][~seen[column.place]] = raw @ loading[column.place]
+
+
+@torch.no_grad()
+def unseen_as_unknown(encoder: ItemEncoder, data: Prepared) -> None:
+    """When training is over: a label that the schema names and no training item has gets the row of unknown labels,
+    which was trained, where its own never was."""
+    for slot in data.layout.bags:
+        if slot.kind in ("nominal", "multi"):
+            rows = slice(slot.base + FIRST, slot.base + slot.rows)
+            encoder.table[rows][data.marginals.count[rows] == 0] = encoder.table[slot.base + OOV]
 
 
 @torch.no_grad()

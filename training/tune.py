@@ -64,8 +64,8 @@ TRIES = 100
 """Draws until one is valid: settings can contradict each other."""
 
 DEFAULT_SPACE = """\
-optimizer.learning_rate: {loguniform: [0.0005, 0.01]}
-optimizer.table_learning_rate: {loguniform: [0.002, 0.05]}
+optimizer.learning_rate: {loguniform: [0.0002, 0.01]}
+optimizer.table_learning_rate: {loguniform: [0.0002, 0.05]}
 encoder.hidden: {choice: [[], [128], [256], [512], [256, 128]]}
 encoder.dropout: {uniform: [0.0, 0.3]}
 contrast.weight: {loguniform: [0.01, 0.5]}
