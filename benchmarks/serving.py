@@ -210,7 +210,7 @@ async def _fill(bench: Bench, url: str, films: store_alone.Vectors, size: int, m
     matrix = films[source] + 0.05 * rng.standard_normal((size, version.dim)).astype(np.float32)
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     async with Store(url, index=mode, bulk_timeout=60.0) as store:
-        await store.ensure_index(version.name, version.fingerprint, version.dim, size, mode)
+        await store.indexes.ensure(version.name, version.fingerprint, version.dim, size, mode)
         await store.mark_live(version.name, version.fingerprint, version.ref)
         for start in range(0, size, 4096):
             some = range(start, min(start + 4096, size))

@@ -4,34 +4,43 @@ results.json.
 Epochs: items a second of `itemvec train`'s loop on one Ray worker, which reads a memory-mapped table, against a bare
 PyTorch loop over the same tensors in memory: same network, losses, noise, optimizer and batch size, one thread each.
 Then two workers at the same global batch. Outside: the seconds of a whole run by phase. Growth: seconds of encoding and
-items a second of an epoch as rows, columns and labels double. The table is examples/movies.parquet, repeated with fresh
-ids.
+items a second of an epoch as rows, columns and labels double. Peer: seconds of training until what is read back is as
+good as at the best epoch of pytorch-tabular's denoising autoencoder, on the columns of the films that it can read. The
+table is examples/movies.parquet, repeated with fresh ids.
+
+Large, only if `--only` names it: `itemvec train` of `--rows` made-up films, and the memory of all its processes; and
+again, from what the first run encoded.
 """
 
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
 from rich.console import Console
 
+from benchmarks._large import watched, write_films
 from itemvec.encoder import Decoder, ItemEncoder
 from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
 from training import cluster
 from training.config import ClusterConfig, TrainConfig
 from training.data import TENSORS, EncodedTable, Prepared, corrupt
-from training.folds import TRAIN
+from training.folds import TEST, TRAIN, fold_of
 from training.loop import Trainer
 from training.objectives import Given, Task
 from training.optimize import Optimization
@@ -152,35 +161,155 @@ def growth(rows: int, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+LABELS, NUMBERS = ("age_rating", "genres", "languages", "countries", "studios"), ("release_year", "runtime_minutes")
+
+
+def plain_films() -> pa.Table:
+    """What both trainers can read: a label a column, the first of a set, and numbers that are always there. Rare labels
+    are one."""
+    once = pq.read_table(EXAMPLES / "movies.parquet")
+    made = {"id": once.column("id").cast(pa.string())}
+    for name in LABELS:
+        cells = once.column(name).to_pylist()
+        labels = [(cell[0] if cell else None) if isinstance(cell, list) else cell for cell in cells]
+        counts = Counter(labels)
+        made[name] = [label or "none" if counts[label] > 4 else "other" for label in labels]
+    for name in NUMBERS:
+        column = once.column(name).cast(pa.float64())
+        made[name] = pc.fill_null(column, pc.mean(column))
+    return pa.table(made)
+
+
+@torch.no_grad()
+def read_back_loss(trainer: Trainer, items: torch.Tensor) -> float:
+    """The mean over the columns of labels of the cross-entropy of what is read back of undamaged items, in nats."""
+    task, total = trainer.task.eval(), 0.0
+    clean = trainer.data.table.clean(items)
+    hidden = task.decoder(task.encoder(*clean))
+    rows = clean[1].view(len(items), -1)  # (items, columns): one label each
+    for f, slot in enumerate(trainer.data.layout.bags):
+        logits = task.decoder.rows(hidden, slice(slot.base, slot.base + slot.rows))
+        total += float(torch.nn.functional.cross_entropy(logits, rows[:, f] - slot.base))
+    return total / len(trainer.data.layout.bags)
+
+
+def peer(python: str, count: int, folder: Path) -> dict[str, Any]:
+    """Seconds of training and loss after each epoch, of pytorch-tabular and of our loop: the same noise and encoder,
+    all else at the defaults of each, but nothing that we learn besides reading back."""
+    table = plain_films()
+    config = TrainConfig.load(
+        None,
+        {
+            "epochs": count, "patience": count, "contrast.weight": 0, "encoder.dropout": 0,
+            "corruption": {"swap": 0.15, "mask": 0, "thin": 0, "unseen": 0, "whole": 0},
+        },
+    )  # fmt: skip
+    fold = fold_of(table.column("id").to_pylist(), config.test, config.validation)
+    for name, which in (("train", TRAIN), ("held", TEST)):
+        pq.write_table(table.drop_columns(["id"]).filter(pa.array(fold == which)), folder / f"{name}.parquet")
+    program = Path(__file__).parent / "peers" / "tabular.py"
+    arguments = [str(folder / "train.parquet"), str(folder / "held.parquet"), str(count), "256-64"]
+    said = subprocess.run(
+        [python, "-W", "ignore", program, *arguments], check=True, capture_output=True, text=True, env=one_threaded()
+    )
+    theirs = [json.loads(line) for line in said.stdout.splitlines() if line.startswith('{"seconds"')]
+
+    kinds = {**dict.fromkeys(LABELS, "nominal"), **dict.fromkeys(NUMBERS, "numeric")}
+    features = ", ".join(f"{name}: {{kind: {kind}}}" for name, kind in kinds.items())
+    schema = FeatureSchema.from_yaml(f"name: films\nid: id\nfeatures: {{{features}}}")
+    began = time.perf_counter()
+    trainer = Trainer(Prepared.make(table, schema, config, folder / "peer"), config, CPU)
+    started, seconds, ours = time.perf_counter() - began, 0.0, []
+    for metrics in trainer.epochs():
+        seconds += metrics["seconds"]
+        ours.append({"seconds": seconds, "loss": read_back_loss(trainer, trainer.data.items(TEST))})
+    aim = min(epoch["loss"] for epoch in theirs)
+    reached = {
+        name: next((epoch["seconds"] for epoch in epochs if epoch["loss"] <= aim), None)
+        for name, epochs in (("pytorch-tabular", theirs), ("itemvec", ours))
+    }
+    return {"loss": aim, "seconds": reached, "start": started, "pytorch-tabular": theirs, "itemvec": ours}
+
+
+def one_threaded() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def large(rows: int, folder: Path) -> dict[str, Any]:
+    """Two runs of `itemvec train` on one table, by 300 steps of 1,024 items an epoch."""
+    write_films(pq.read_table(EXAMPLES / "movies.parquet"), rows, folder / "large.parquet")
+    command = [
+        sys.executable, "-m", "itemvec", "train", str(folder / "large.parquet"),
+        "--schema", str(EXAMPLES / "movies.schema.yaml"), "--registry", str(folder / "large"), "--epochs", "2",
+        "--set", "batch_size=1024", "--set", "epoch_steps=300",
+    ]  # fmt: skip
+    first = watched(command, folder / "large.log")
+    return {"rows": rows, "first": first, "second": watched([*command, "--seed", "1"], folder / "large.log")}
+
+
+SECTIONS = ("epochs", "seconds", "growth", "peer", "large")
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for results.json.")
 @click.option("--quick", is_flag=True, help="Fewer rows and epochs: whether it runs, and the order of things.")
-def main(out: Path, quick: bool) -> None:
+@click.option("--only", help=f"Sections, with commas, of {', '.join(SECTIONS)}.  [default: all but large]")
+@click.option("--rows", default=20_000_000, show_default=True, help="Of `large`.")
+@click.option("--peer-python", help="The interpreter of an environment with benchmarks/requirements.txt, for `peer`.")
+def main(out: Path, quick: bool, only: str | None, rows: int, peer_python: str | None) -> None:
     torch.set_num_threads(1)
-    rows, count, turns = (2_000, 3, 1) if quick else (50_000, 4, 3)
-    with tempfile.TemporaryDirectory() as place:
-        made = epochs(rows, count, turns, Path(place))
-        click.echo(f"epochs over {rows:,} films, items a second")
-        for name, rate in made["items_per_second"].items():
-            share = rate / made["items_per_second"]["bare"]
-            click.echo(f"{name:12} {rate:9,.0f} {share:6.0%}")
-        click.echo(f"loss: {', '.join(f'{name} {loss:.4f}' for name, loss in made['loss'].items())}")
-        phases = outside(rows, count, Path(place))
-        click.echo("\na whole run, seconds\n" + "\n".join(f"{name:12} {taken:8.1f}" for name, taken in phases.items()))
-        grown = growth(rows // 5, Path(place))
-        click.echo("\ngrown      rows columns labels  encode s   items/s")
-        for row in grown:
-            click.echo(
-                f"{row['grown']:8} {row['rows']:6} {row['columns']:7} {row['labels']:6} {row['encode']:9.2f} "
-                f"{row['items_per_second']:9,.0f}"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    machine = {
+    of_epoch, count, turns = (2_000, 3, 1) if quick else (50_000, 4, 3)
+    wanted = only.split(",") if only else [name for name in SECTIONS[:-1] if name != "peer" or peer_python]
+    results: dict[str, Any] = {
         "machine": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(),
         "torch": torch.__version__, "ray": ray.__version__,
     }  # fmt: skip
-    results = {**machine, "epochs": made, "seconds": phases, "growth": grown}
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as name:
+        place = Path(name)
+        if "epochs" in wanted:
+            results["epochs"] = show_epochs(epochs(of_epoch, count, turns, place))
+        if "seconds" in wanted:
+            results["seconds"] = outside(of_epoch, count, place)
+            told = "\n".join(f"{phase:12} {taken:8.1f}" for phase, taken in results["seconds"].items())
+            click.echo(f"\na whole run over {of_epoch:,} films, seconds\n{told}")
+        if "growth" in wanted:
+            results["growth"] = show_growth(growth(of_epoch // 5, place))
+        if "peer" in wanted:
+            if peer_python is None:
+                raise click.UsageError("peer needs --peer-python")
+            results["peer"] = show_peer(peer(peer_python, 4 if quick else 12, place))
+        if "large" in wanted:
+            results["large"] = large(rows, place)
+            click.echo(json.dumps(results["large"], indent=1))
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def show_epochs(made: dict[str, Any]) -> dict[str, Any]:
+    click.echo(f"epochs over {made['rows']:,} films, items a second")
+    for name, rate in made["items_per_second"].items():
+        click.echo(f"{name:12} {rate:9,.0f} {rate / made['items_per_second']['bare']:6.0%}")
+    click.echo(f"loss: {', '.join(f'{name} {loss:.4f}' for name, loss in made['loss'].items())}")
+    return made
+
+
+def show_growth(grown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    click.echo("\ngrown      rows columns labels  encode s   items/s")
+    for row in grown:
+        click.echo(
+            f"{row['grown']:8} {row['rows']:6} {row['columns']:7} {row['labels']:6} {row['encode']:9.2f} "
+            f"{row['items_per_second']:9,.0f}"
+        )
+    return grown
+
+
+def show_peer(made: dict[str, Any]) -> dict[str, Any]:
+    click.echo(f"\nseconds of training to a read-back loss of {made['loss']:.3f}")
+    for name, taken in made["seconds"].items():
+        last = made[name][-1]
+        reached = "never" if taken is None else f"{taken:.1f}"
+        click.echo(f"{name:16} {reached:>6}   {len(made[name])} epochs: {last['seconds']:.1f} s, {last['loss']:.3f}")
+    return made
 
 
 if __name__ == "__main__":

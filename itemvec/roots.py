@@ -173,10 +173,12 @@ class RemoteRoot(Root):
 
     def __init__(self, url: str) -> None:
         try:
-            self.fs, path = fsspec.core.url_to_fs(url)
+            storage, path = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"cannot use the registry {url}: {error}") from None
+        self.fs: Any = _Storage(storage, url)
         self.root = PurePosixPath(path)
+        self.bucket = self.root.parts[0] if BUCKETED.intersection(url.split(":", 1)[:1]) else None
         self.cache = Path.home() / ".cache" / "itemvec" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
     def names(self) -> list[str]:
@@ -191,8 +193,8 @@ class RemoteRoot(Root):
 
     def claim(self, name: str) -> int:
         folder = self.root / name / "versions"
-        self.fs.makedirs(str(folder), exist_ok=True)
         version = _next(self._list(folder))
+        self._make(folder)
         while True:
             try:
                 with self.fs.open(str(folder / f".claim-{version}"), "xb") as file:
@@ -209,7 +211,7 @@ class RemoteRoot(Root):
         files = [p for p in sorted(draft.rglob("*")) if p.is_file() and p != draft / MANIFEST]
         for path in (*files, draft / MANIFEST):
             target = self.root / name / "versions" / str(version) / path.relative_to(draft).as_posix()
-            self.fs.makedirs(str(target.parent), exist_ok=True)
+            self._make(target.parent)
             self.fs.put_file(str(path), str(target))
         shutil.rmtree(draft)
 
@@ -239,12 +241,12 @@ class RemoteRoot(Root):
 
     def replace(self, name: str, file: str, content: bytes) -> None:
         path = self.root / name / file
-        self.fs.makedirs(str(path.parent), exist_ok=True)
+        self._make(path.parent)
         self.fs.pipe_file(str(path), content)
 
     def create(self, name: str, file: str, content: bytes) -> bool:
         path = self.root / name / file
-        self.fs.makedirs(str(path.parent), exist_ok=True)
+        self._make(path.parent)
         try:
             with self.fs.open(str(path), "xb") as new:
                 new.write(content)
@@ -273,7 +275,41 @@ class RemoteRoot(Root):
         try:
             return [PurePosixPath(path.rstrip("/")).name for path in self.fs.ls(str(folder), detail=False)]
         except FileNotFoundError:
+            if self.bucket is not None and not self.fs.exists(self.bucket):
+                raise RegistryError(f"there is no bucket {self.bucket!r} for the registry {self.fs}") from None
             return []
+
+    def _make(self, folder: PurePosixPath) -> None:
+        """Buckets have no folders, and s3fs would make the bucket itself where its name is misspelt."""
+        if self.bucket is None:
+            self.fs.makedirs(str(folder), exist_ok=True)
+
+
+BUCKETED = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
+
+
+class _Storage:
+    """A file system of fsspec that says of which registry its errors are. Each has its own for what is not a missing
+    file: no credentials, no access, no answer."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, url: str) -> None:
+        self._fs, self._url = fs, url
+
+    def __str__(self) -> str:
+        return self._url
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._fs, name)
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except Exception as error:
+                raise RegistryError(f"cannot use the registry {self._url}: {' '.join(str(error).split())}") from error
+
+        return told
 
 
 def _next(names: Iterator[str] | list[str]) -> int:

@@ -56,6 +56,12 @@ def test_a_clean_batch_is_what_the_transform_made(transform, encoded):
         assert torch.equal(ours, torch.from_numpy(theirs).to(ours.dtype))
 
 
+def test_many_items_are_gathered_part_by_part(encoded):
+    """240 items 20 times are more than the 2,048 of a part."""
+    once, often = encoded.clean(torch.arange(240)), encoded.clean(torch.arange(240).repeat(20))
+    assert all(torch.equal(torch.cat([a] * 20), b) for a, b in zip(once, often, strict=True))
+
+
 def test_each_column_comes_from_the_item_that_is_named_for_it(encoded):
     width = encoded.bag_count
     source = torch.full((1, width), 3)
@@ -147,6 +153,9 @@ def test_marginals_count_the_training_items_that_have_each_row(transform, encode
     for label in ("Hulu", "Netflix"):
         assert marginals.count[provider.base + vocabulary.row(label)] == column.count(label)
     assert marginals.count[provider.base + MISSING] == column.count(None)
+    some = Marginals.of(encoded, torch.tensor([3, 5, 100]), transform.layout, chunk=64)
+    _, indices, _, _ = encoded.clean(torch.tensor([3, 5, 100]))
+    assert torch.equal(some.count, torch.bincount(indices, minlength=transform.layout.table_rows).float())
 
 
 def test_a_prepared_table_is_the_same_when_it_is_opened(tmp_path):

@@ -16,7 +16,7 @@ from training import ingest
 from training.config import ContrastConfig, TrainConfig
 from training.data import TENSORS, EncodedTable, Prepared
 from training.folds import TRAIN, fold_of
-from training.ingest import Items, encoded_at, forget, opened, written_whole
+from training.ingest import Items, encoded_at, forget, opened, taken, written_whole
 
 
 @pytest.fixture
@@ -176,3 +176,9 @@ def test_pages_that_are_let_go_of_are_read_again(items, tmp_path, monkeypatch):
 def test_a_place_has_one_name_for_what_decides_what_is_encoded(items):
     place = encoded_at(items.copy, SCHEMA, 0.1, 0.05)
     assert place == encoded_at(items.copy, SCHEMA, 0.1, 0.05) != encoded_at(items.copy, SCHEMA, 0.1, 0.06)
+
+
+def test_rows_are_taken_in_the_order_that_they_are_named(items):
+    rows = np.array([317, 0, 599, 317])
+    assert taken(items.table, rows) == items.table.take(pa.array(rows))
+    assert taken(items.table, []) == items.table.slice(0, 0)

@@ -1,8 +1,6 @@
 import dataclasses
-import itertools
+import json
 import math
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -19,9 +17,10 @@ from itemvec.schema import FeatureSchema
 from training import cluster
 from training.config import ClusterConfig, CoEngageConfig, OptimizerConfig, TrainConfig
 from training.data import Prepared
-from training.folds import VALIDATION
+from training.folds import TRAIN, VALIDATION
 from training.interactions import Interactions
 from training.loop import Trainer
+from training.parent import Parent
 from training.progress import of_columns
 
 NETWORK = EncoderConfig(dim=8, embedding_dim=4, hidden=(16,), decoder_hidden=(16,))
@@ -42,6 +41,12 @@ def test_the_loss_falls(data):
     history = list(Trainer(data, CONFIG.model_copy(update={"epochs": 10}), CPU).epochs())
     assert history[-1]["validation"]["reconstruct"] < 0.95 * history[0]["validation"]["reconstruct"]
     assert [m["epoch"] for m in history] == list(range(1, 11))
+
+
+def test_an_epoch_may_be_shorter_than_once_through(data):
+    whole, short = (Trainer(data, CONFIG.model_copy(update={"epoch_steps": most}), CPU) for most in (None, 2))
+    assert whole.steps == len(data.items(TRAIN)) // 64 == 3
+    assert short.steps == 2 and len(list(short.epochs())) == 4
 
 
 def test_a_seed_repeats_to_the_bit_and_another_does_not(data):
@@ -144,7 +149,7 @@ def test_a_column_may_be_called_as_the_sum_is(tmp_path):
     films = table(60).rename_columns({"year": "total"})
     metrics = next(Trainer(Prepared.make(films, schema, CONFIG, tmp_path), CONFIG, CPU).epochs())
     assert of_columns(metrics["validation"]).keys() == {"total", "genres"}
-    both = metrics["validation"]["reconstruct"] + 0.1 * metrics["validation"]["contrast"]
+    both = sum(weight * metrics["validation"][name] for name, weight in metrics["weights"].items())
     assert metrics["validation"]["total"] == pytest.approx(both)
 
 
@@ -191,23 +196,6 @@ def fit(folder: Path, config: TrainConfig = CONFIG, **settings):
     return state, told
 
 
-def descendants(ancestor: int, name: str) -> list[int]:
-    """Processes below `ancestor` whose command line has `name` in it."""
-    parents, found = {}, []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if name in (process / "cmdline").read_text():
-                found.append(int(process.name))
-        except OSError:
-            continue  # it ended meanwhile
-
-    def line(pid: int) -> set[int]:
-        return set() if pid not in parents else {pid} | line(parents[pid])
-
-    return [pid for pid in found if ancestor in line(pid)]
-
-
 @pytest.mark.slow
 def test_ray_trains_what_the_bare_loop_trains(ray_cluster, data, tmp_path):
     state, told = fit(tmp_path)
@@ -219,34 +207,23 @@ def test_ray_trains_what_the_bare_loop_trains(ray_cluster, data, tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_train_as_well_as_one_at_every_objective(ray_cluster, tmp_path):
-    config = TrainConfig.model_validate({**CONFIG.model_dump(), **EVERYTHING, "epochs": 8})
+    """Both go on from the same version."""
+    config = TrainConfig.model_validate({**CONFIG.model_dump(), **EVERYTHING, "compatible": 1, "epochs": 8})
     data = Prepared.make(with_targets(), SCHEMA, config, tmp_path)
+    first = Trainer(data, config.model_copy(update={"epochs": 2, "compatible": 0}), CPU)
+    [begin, _] = first.epochs()
+    encoder, decoder = (first.best[name] for name in ("encoder", "decoder"))
+    with torch.no_grad():
+        vectors = first.task.encoder.eval()(*data.table.clean(torch.arange(data.table.n)))
+    data = data.with_parent(Parent(1, vectors, torch.eye(8), encoder, decoder), tmp_path)
     with cluster.connected(ClusterConfig()):
         two = cluster.fit(tmp_path, config, ClusterConfig(workers=2))
     bare = Trainer(data, config, CPU)
     list(bare.epochs())
     assert two["best_loss"] == pytest.approx(bare.best_loss, rel=0.1)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(ray_cluster, tmp_path):
-    config = CONFIG.model_copy(update={"epochs": 60, "patience": 60, "checkpoint_seconds": 0.5})
-    epochs: list[int] = []
-    killed: list[int] = []
-
-    def told(metrics) -> None:
-        epochs.append(metrics["epoch"])
-        if not killed and (tmp_path / "ray" / "checkpoint_manager_snapshot.json").exists():
-            killed.extend(descendants(os.getpid(), "RayTrainWorker"))
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
-
-    Prepared.make(table(), SCHEMA, config, tmp_path)
-    with cluster.connected(ClusterConfig()):
-        state = cluster.fit(tmp_path, config, ClusterConfig(), told)
-    assert len(killed) == 1 and state["epoch"] == epochs[-1] == 60
-    again = [after for before, after in itertools.pairwise(epochs) if after <= before]
-    assert len(again) == 1 and again[0] > 1, "it went back once, and not to the beginning"
+    [again, *_] = json.loads(two["history"])
+    assert again["train"]["reconstruct"] < begin["train"]["reconstruct"], "from the weights of the version"
+    assert 0 < again["train"]["compatible"] < 0.5, "one minus the cosine to the version's vector"
 
 
 @pytest.mark.slow

@@ -72,6 +72,10 @@ def test_nothing_is_trained_when_nothing_changed(workplace):
 @pytest.mark.slow
 def test_a_new_table_gives_a_new_champion_trained_like_the_old_one(workplace):
     grow(workplace)
+    for run, files in {"films-0a": {"refused": "films"}, "films-0b": {}, "shows-0c": {"refused": "shows"}}.items():
+        (workplace / "runs" / run).mkdir()
+        for name, content in files.items():
+            (workplace / "runs" / run / name).write_text(content)
     done = retrain(workplace, "--gate", "retrieval=1", "--gate", "column=1")
     assert done.exit_code == 0, done.output
     assert aliases(workplace) == {"champion": 2, "previous": 1}
@@ -85,6 +89,10 @@ def test_a_new_table_gives_a_new_champion_trained_like_the_old_one(workplace):
     }
     gate = json.loads((workplace / "registry/films/versions/2/evaluation.json").read_text())["gate"]
     assert gate == {"run": run.id, "champion": 1, "checks": run.checks}
+    left = {folder.name for folder in (workplace / "runs").iterdir()}
+    assert left == {"tables", "films-0b", "shows-0c"}, (
+        "what was refused before goes; interrupted and other models' stay"
+    )
 
 
 @pytest.mark.slow
@@ -96,6 +104,8 @@ def test_a_worse_version_is_refused_and_the_champion_stays(workplace):
     assert isinstance(done.exception, GateRefused) and done.exception.exit_status == 3
     assert "films@1 stays the champion" in str(done.exception) and "is short by" in str(done.exception)
     assert aliases(workplace) == {"champion": 1} and Registry(workplace / "registry").versions("films") == [1]
+    [kept] = (workplace / "runs").glob("films-*")
+    assert (kept / "refused").read_text() == "films", "to be removed by the next run"
     again = retrain(workplace, *bad, "--epochs", "1", "--gate", "column=0", "--gate", "retrieval=0")
     assert isinstance(again.exception, GateRefused) and str(again.exception) == str(done.exception)
     assert "nothing changed since" in again.output and "starting Ray" not in again.output

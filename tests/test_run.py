@@ -1,11 +1,20 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from click.testing import CliRunner
 from films import SCHEMA, table
+from realservice import eventually
+from s3 import BUCKET, s3
 
 from itemvec.cli import cli
 from itemvec.errors import ConfigError, ItemvecError
@@ -13,6 +22,8 @@ from itemvec.registry import Registry
 from training.config import ClusterConfig, TrainConfig
 from training.retrain import job_like_champion
 from training.run import locked
+
+__all__ = ["s3"]
 
 SMALL = ["--set", "encoder.hidden=[16]", "--set", "encoder.decoder_hidden=[16]", "--dim", "8", "--epochs", "3"]
 
@@ -76,11 +87,18 @@ def test_a_version_carries_its_evaluation_and_its_report(published):
 
 
 @pytest.mark.slow
-def test_a_second_training_is_the_challenger_and_may_go_on_from_a_version(published, ray_cluster, tmp_path):
-    folder = published[1]
-    registry = Registry(tmp_path / "registry")
+def test_a_second_training_is_the_challenger_and_may_go_on_from_a_version(
+    published, ray_cluster, s3, tmp_path, monkeypatch
+):
+    """With the table and the registry in a bucket of a real server."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # where versions are fetched to
+    folder, at = published[1], f"s3://{BUCKET}/registry"
+    registry = Registry(at)
     registry.publish("films", lambda draft, version: _copied(folder / "registry/films/versions/1", draft), "champion")
-    arguments = ["train", *films(tmp_path, 300), *SMALL]
+    _, _, schema_file, *_ = films(tmp_path, 300)
+    s3.put_file(tmp_path / "films.parquet", f"{BUCKET}/films.parquet")
+    arguments = ["train", f"s3://{BUCKET}/films.parquet", "--schema", schema_file, "--registry", at, *SMALL]
+    arguments += ["--runs", str(tmp_path / "runs")]
     done = CliRunner().invoke(cli, [*arguments, "--from", "films@1", "--set", "compatible=1", "--seed", "4"])
     assert done.exit_code == 0 and "going on from films@1" in done.output, done.output
     assert registry.aliases("films") == {"champion": 1, "challenger": 2}
@@ -88,7 +106,7 @@ def test_a_second_training_is_the_challenger_and_may_go_on_from_a_version(publis
     parent = registry.load("films@2").evaluation["parent"]
     assert parent["version"] == 1 and 0 < parent["overlap"] <= 1
     assert parent["compatibility"] > 0.9 and 0.5 < parent["cross_recall"] <= 1
-    said = CliRunner().invoke(cli, ["models", "show", "films@2", "--registry", str(tmp_path / "registry")])
+    said = CliRunner().invoke(cli, ["models", "show", "films@2", "--registry", at])
     assert json.loads(said.output)["parent"] == parent
     assert "The mean cosine between an item's vector" in (registry.path("films", 2) / "report.html").read_text()
 
@@ -102,6 +120,60 @@ def test_a_second_training_is_the_challenger_and_may_go_on_from_a_version(publis
         lambda settings: TrainConfig.load(None, {}, settings), ClusterConfig(),
     )  # fmt: skip
     assert job.follows == job.parent() == 1, "a retraining follows the champion"
+
+
+def descendants(ancestor: int, name: str) -> list[int]:
+    """Processes below `ancestor` whose command line has `name` in it."""
+    parents, found = {}, []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if name in (process / "cmdline").read_text():
+                found.append(int(process.name))
+        except OSError:
+            continue  # it ended meanwhile
+
+    def line(pid: int) -> set[int]:
+        return set() if pid not in parents else {pid} | line(parents[pid])
+
+    return [pid for pid in found if ancestor in line(pid)]
+
+
+@pytest.mark.slow
+def test_what_is_killed_goes_on_from_its_checkpoint_the_driver_by_the_same_command(ray_cluster, tmp_path):
+    settings = {"epochs": 20, "patience": 20, "checkpoint_seconds": 0.2, "batch_size": 64}
+    words = ["train", *films(tmp_path), *SMALL[:-2], *(f"--set={name}={value}" for name, value in settings.items())]
+    words += ["--ray-address", ray.get_runtime_context().gcs_address]
+    with subprocess.Popen([sys.executable, "-m", "itemvec", *words], stdout=subprocess.DEVNULL) as driver:
+        saved = "runs/films-*/ray/checkpoint_manager_snapshot.json"
+        eventually(lambda: driver.poll() is not None or list(tmp_path.glob(saved)), 90)
+        driver.kill()
+    assert driver.returncode == -signal.SIGKILL
+    [progress] = tmp_path.glob("runs/films-*/progress.jsonl")
+    told = tmp_path / "told"
+    told.hardlink_to(progress)  # the run's folder is removed at its end
+    killed: list[int] = []
+
+    def epochs() -> list[int]:
+        return [m["epoch"] for m in map(json.loads, told.read_text().splitlines()) if "train" in m]
+
+    def kill_a_worker() -> None:
+        before = len(epochs())
+        eventually(lambda: len(epochs()) > before + 2, 60)
+        killed.extend(descendants(os.getpid(), "RayTrainWorker"))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as other:
+        done = other.submit(kill_a_worker)
+        second = CliRunner().invoke(cli, words)
+        done.result()
+    assert second.exit_code == 0, second.output
+    assert "taking up an earlier run that did not end" in second.output and len(killed) == 1
+    history = Registry(tmp_path / "registry").load("films").evaluation["training"]["history"]
+    assert epochs()[-1] == len(history) == 20
+    again = [after for before, after in pairwise(epochs()) if after != before + 1]
+    assert len(again) in (1, 2) and min(again) > 1, "back to a checkpoint, and never to the beginning"
 
 
 def _copied(source: Path, draft: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -14,6 +14,10 @@ from click.core import ParameterSource
 from itemvec.cli import registry_option
 from training.config import ClusterConfig, TrainConfig
 from training.progress import Display
+
+if TYPE_CHECKING:
+    from itemvec.version import Lineage
+    from training.evaluate import LikesOf
 
 _workers_option = click.option(
     "--workers", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Ray Train workers."
@@ -331,7 +335,10 @@ def tune(
     "--out", default="evaluation", show_default=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
     help="Where evaluation.json and report.html are written.",
 )  # fmt: skip
-@click.option("--interactions", metavar="TABLE", help="Who liked what: adds how well new items are recommended.")
+@click.option(
+    "--interactions", metavar="TABLE",
+    help="Who liked what: adds how well new items are recommended.  [default: that of the training, if there was one]",
+)  # fmt: skip
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE",
     help="How that table is read, such as interactions.user=viewer; may be repeated.  [default: as in training]",
@@ -360,7 +367,7 @@ def evaluate(
         version = store.load(model)
         display.say("evaluate", f"evaluating {version.ref} on {table}")
         with one_thread():
-            likes_of = _likes_of(interactions, settings, version.manifest.lineage.config) if interactions else None
+            likes_of = likes_as(interactions, settings, version.manifest.lineage, display.line)
             evaluation, exhibits = evaluate_version(version, table, store, likes_of)
         display.end_phase()
         evaluation["seconds"] = dict(display.timings)
@@ -433,13 +440,33 @@ def _followed(store: Any, ref: str, name: str, config: TrainConfig) -> int:
     return found
 
 
-def _likes_of(url: str, settings: tuple[str, ...], trained: dict[str, Any]) -> Callable[..., Any]:
-    """Reads the likes at `url` as the version's training read them, or as `settings` say."""
+def likes_as(
+    url: str | None, settings: tuple[str, ...], trained: "Lineage", tell: Callable[[str], None]
+) -> "LikesOf | None":
+    """Reads the likes at `url`, or else those of the version's training where they can still be read, as that training
+    did or as `settings` say."""
+    from itemvec.errors import ItemvecError
     from training.interactions import Interactions
 
-    as_trained = {"interactions": trained.get("interactions", {})}
+    found = url or trained.interactions
+    if found is None:
+        return None
+    as_trained = {"interactions": trained.config.get("interactions", {})}
     how = TrainConfig.load(None, dict(_pair(text) for text in settings), as_trained)
-    return lambda ids, fold: Interactions.read(url, how.interactions, ids, fold).likes
+
+    def read(ids: list[str], fold: Any) -> Any:
+        try:
+            likes = Interactions.read(found, how.interactions, ids, fold).likes
+        except ItemvecError as error:
+            if url is not None:
+                raise
+            tell(f"the likes of its training cannot be read ({error}): how new items are recommended is left out")
+            return None
+        if url is None:
+            tell(f"with the likes of its training, {found}")
+        return likes
+
+    return read
 
 
 def _leave_a_core() -> None:

@@ -102,13 +102,13 @@ class ReconstructConfig(Settings):
 
 
 class ContrastConfig(Settings):
-    weight: Weight = 0.1
+    weight: Weight = 0.2
     """With 0 a step encodes one damaged copy of an item instead of two. It lifts neighbors over what reconstruction
-    alone gives; from about 0.3 on it costs what can be read back, and gains no more. Balanced it came to 0.15 on films,
-    and was no better."""
+    alone gives, and costs a little of what can be read back."""
 
-    temperature: PositiveFloat = 0.2
-    """Lower looks at the hardest of the other items only."""
+    temperature: PositiveFloat = 0.5
+    """Lower looks at the hardest of the other items only: of a table with few columns those are items that are rightly
+    near. On films and on streamed titles neighbors are better than at 0.2."""
 
 
 class TargetConfig(Settings):
@@ -155,6 +155,9 @@ class CoEngageConfig(Settings):
     """Items drawn alike from the whole table that every pair is told apart from, besides those of the batch (mixed
     negatives, Yang et al. 2020): without them items that nobody likes are never pushed away."""
 
+    hard: NonNegativeInt = 0
+    """Negatives that a pair keeps of all these, those nearest to its anchor at the time; 0 keeps all."""
+
 
 class InteractionsConfig(Settings):
     """The columns of the table of interactions, a row of which says that a user met an item."""
@@ -181,11 +184,13 @@ class OptimizerConfig(Settings):
     method: Literal["adamw", "adam", "sgd"] = "adamw"
     """Of the layers. `adam` decays weights by way of the gradient; `sgd` wants a `learning_rate` of its own."""
 
-    learning_rate: PositiveFloat = 4e-3
+    learning_rate: PositiveFloat | None = None
+    """Of the layers. None is 0.004, and 0.0005 where likes have weighted the columns that training starts from: likes
+    are few, and longer steps learn by heart who was in a film that was liked."""
 
-    table_learning_rate: PositiveFloat = 2e-2
-    """Rows of rare labels see few steps, so theirs are longer. On films, twice as long ones give better neighbors
-    still, but the loss on the validation rows begins to rise."""
+    table_learning_rate: PositiveFloat | None = None
+    """None is 0.02, since rows of rare labels see few steps; and 0.0005 in that other case, where they would be the
+    first to learn by heart."""
 
     momentum: Share = 0.9
     """Of `sgd`."""
@@ -205,6 +210,11 @@ class OptimizerConfig(Settings):
 
     clip: PositiveFloat = 1.0
     """Largest length of the layers' gradient."""
+
+    def rates(self, weighted: bool) -> tuple[float, float]:
+        """Of the layers and of the tables; `weighted`: whether likes have weighted the columns."""
+        layers, tables = (5e-4, 5e-4) if weighted else (4e-3, 2e-2)
+        return self.learning_rate or layers, self.table_learning_rate or tables
 
 
 class TrainConfig(Settings):
@@ -238,6 +248,10 @@ class TrainConfig(Settings):
 
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Items a step, over all workers together; a table with fewer is one batch."""
+
+    epoch_steps: PositiveInt | None = None
+    """Steps of an epoch at most, each epoch of other rows: where once through a large table is too long to wait for a
+    validation and a checkpoint. None is once through."""
 
     patience: PositiveInt = 4
     """Epochs without a better loss on the validation rows, or with interactions without better recommendations of

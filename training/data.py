@@ -126,17 +126,27 @@ class EncodedTable:
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in TENSORS}
         return EncodedTable(**moved)
 
+    def touched(self, items: int) -> None:
+        """Said after so many were read, here or past `gather`: they need not stay in the memory of this process."""
+        if self.pages is not None:
+            self.pages.touched(items)
+
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def clean(self, items: Tensor) -> Tensors:
         """The batch of these items (B,) as they are."""
-        return self.gather(items[:, None].expand(-1, self.bag_count), items[:, None].expand(-1, self.dense_slots))
+        parts = [
+            self.gather(part[:, None].expand(-1, self.bag_count), part[:, None].expand(-1, self.dense_slots))
+            for part in torch.split(items, TOUCHED)  # of a mapped table no more than that is in memory at once
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        dense, indices, weights, lengths = (torch.cat(same) for same in zip(*parts, strict=True))
+        return dense, indices, weights, lengths
 
     def gather(self, bags: Tensor, dense: Tensor) -> Tensors:
         """bags (B, F) and dense (B, number of dense slots) name the item that each column is taken from."""
-        if self.pages is not None:
-            self.pages.touched(len(bags))
         bag = bags * self.bag_count + torch.arange(self.bag_count, device=bags.device)  # (B, F)
         start = self.starts[bag].reshape(-1)
         lengths = self.starts[bag + 1].reshape(-1) - start
@@ -150,6 +160,7 @@ class EncodedTable:
             if self.dense_slots
             else self.dense[dense[:, 0] if dense.shape[1] else bags[:, 0]]
         )
+        self.touched(len(bags))
         return values, indices, weights, lengths.view(len(bags), self.bag_count)
 
 
@@ -158,7 +169,7 @@ TENSORS = tuple(name for name in EncodedTable.__dataclass_fields__ if name != "p
 RESIDENT = 1 << 30
 """Bytes of a mapped table that may all stay in the memory of a process."""
 
-TOUCHED = 4096
+TOUCHED = 2048
 """Items after which the pages of a larger one are let go of. Linux maps 64 KiB around each that is touched."""
 
 
@@ -326,10 +337,18 @@ class Marginals:
 
     @classmethod
     def of(cls, table: EncodedTable, items: Tensor, layout: Layout, chunk: int = 65_536) -> "Marginals":
-        count = torch.zeros(layout.table_rows, dtype=torch.float64)
-        for part in torch.split(items, chunk):
-            _, indices, _, _ = table.clean(part)
-            count += torch.bincount(indices, minlength=layout.table_rows)
+        """Of each item at most once."""
+        wanted, count = torch.zeros(table.n, dtype=torch.bool), torch.zeros(layout.table_rows, dtype=torch.float64)
+        wanted[items] = True
+        bags = table.bag_count
+        blocks = torch.split(torch.arange(table.n), chunk) if bags else ()
+        for part in blocks:  # as they lie in the file, which is many times quicker than item by item
+            first, last = int(part[0]), int(part[-1]) + 1
+            bounds = table.starts[first * bags : last * bags + 1 : bags]
+            rows = table.rows[int(bounds[0]) : int(bounds[-1])]
+            mine = rows[torch.repeat_interleave(wanted[first:last], bounds.diff(), output_size=len(rows))]
+            count += torch.bincount(mine, minlength=layout.table_rows)
+            table.touched(len(part))
         some = table.dense[items[:: max(1, len(items) // 100_000)]].double()
         centre, spread = (
             torch.zeros(some.shape[1], dtype=torch.float64),

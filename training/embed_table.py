@@ -138,7 +138,12 @@ def _embedded(
 
 
 def _on_ray(blocks: Sequence[Block], address: str) -> Iterator[int]:
-    """A task a block, at most two a core waiting; Ray runs those of lost machines again, and each writes whole."""
+    """A task a block, at most two a core waiting; Ray runs those of lost machines again, and each writes whole.
+
+    Tasks and not actors of Ray Data: a worker process keeps the model for the blocks after (`_models`), so it is loaded
+    once a process either way; tasks need no size of a pool and take cores as they become free or join; and the blocks
+    are read from the mapped copy where they are encoded, while Ray Data would carry them through its object store.
+    """
     import ray  # noqa: PLC0415 - takes seconds
 
     with ray_cluster.connected(ClusterConfig(address=address)):

@@ -15,6 +15,7 @@ import torch
 from itemvec.features import FIRST
 from itemvec.schema import FeatureSchema
 from training.folds import some
+from training.ingest import taken
 from training.judged import Floats, Judged, Rows, Views, bags_of, measured_rows
 
 SAMPLES, NEIGHBORS = 8, 5
@@ -80,7 +81,7 @@ def exhibits(
         rows |= {place, *nearest.tolist()}
     described = {ids[row]: _described(table, schema, int(among[row])) for row in sorted(rows)}
     mapped = some(measured_rows(fold), MAPPED)
-    shown = table.take(pa.array(mapped))
+    shown = taken(table, mapped)
     title = _title(schema)
     names = [str(name) for name in shown.column(title or schema.id).to_pylist()]
     return Exhibits(samples, described, len(among), flat(Views(model, mapped).whole), names, _colorings(shown, schema))

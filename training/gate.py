@@ -20,6 +20,7 @@ from itemvec.table import read_table, rows
 from itemvec.version import ModelVersion
 from training.coldstart import cold_start
 from training.config import Settings
+from training.ingest import taken
 from training.judged import Judged, Views, judged, judged_version, measured_rows, searched_rows, truth_of
 from training.readback import read_back
 from training.retrieval import retrieve
@@ -218,15 +219,15 @@ def _columns(trained: Trained, theirs: dict[str, Any], tolerance: float) -> Iter
 def encode_milliseconds(trained: Trained) -> float:
     """The median over single items, from their columns to the vector."""
     transform, encoder, schema = trained.data.transform, trained.encoder, trained.job.schema
-    some = trained.table.take(pa.array(measured_rows(trained.data.fold)[:TIMED]))
+    some = taken(trained.table, measured_rows(trained.data.fold)[:TIMED])
     [(_, items)] = rows(some, schema.id, [f.name for f in schema.features])
-    taken = []
+    seconds = []
     with one_thread():
         for i in range(TIMED):
             began = time.perf_counter()
             encoder.encode(transform.transform([items[i % len(items)]]).batch)
-            taken.append(time.perf_counter() - began)
-    return 1000 * statistics.median(taken)
+            seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds)
 
 
 def _judged_champion(trained: Trained, champion: ModelVersion) -> Judged:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import itemvec
-from itemvec.check import column_errors, id_errors, undictionaried
+from itemvec.check import column_errors, count_errors, id_errors, label_counts, undictionaried
 from itemvec.errors import SchemaMismatch, TableError
 from itemvec.features import Batch, Column, FeatureTransform
 from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal, Numeric, Text
@@ -81,6 +81,12 @@ def opened(copy: Path) -> pa.Table:
     """Memory-mapped."""
     with pa.memory_map(str(copy)) as file:
         return pa.ipc.open_file(file).read_all()
+
+
+def taken(table: pa.Table, rows: Iterable[int]) -> pa.Table:
+    """These rows of a table, in this order. pyarrow's own `take` copies whole columns of lists for it, and fails where
+    their labels are more than 2 GiB."""
+    return pa.concat_tables([table.slice(0, 0), *(table.slice(int(row), 1) for row in rows)]).combine_chunks()
 
 
 @contextmanager
@@ -180,6 +186,10 @@ def _fitted(table: pa.Table, feature: AnyFeature, fold: npt.NDArray[np.int8]) ->
         return _Fitted(errors, [], None)
     if (train := fold == TRAIN).sum() < MIN_TRAIN_ROWS:
         return _Fitted([], [], None)
+    if isinstance(feature, Nominal | Multi):  # never a copy of all labels: they are most of a large table
+        counts = label_counts(undictionaried(table.column(feature.name)), feature, train)
+        unfit = count_errors(counts, feature)
+        return _Fitted([], unfit, None if unfit else FeatureTransform.fit_labels(feature, counts))
     mine = table.select([feature.name]).filter(pa.array(train))
     if errors := column_errors(mine, feature):
         return _Fitted([], errors, None)

@@ -72,8 +72,9 @@ def measured_rows(fold: npt.NDArray[np.int8]) -> Rows:
 def searched_rows(fold: npt.NDArray[np.int8]) -> Rows:
     """The measured rows, and after them training rows up to SEARCHED in all."""
     measured = measured_rows(fold)
-    train = np.setdiff1d(np.flatnonzero(fold == TRAIN), measured)
-    return np.concatenate([measured, some(train, max(SEARCHED - len(measured), SEARCHED // 2))])
+    train = fold == TRAIN
+    train[measured] = False
+    return np.concatenate([measured, some(np.flatnonzero(train), max(SEARCHED - len(measured), SEARCHED // 2))])
 
 
 class Views:
@@ -118,6 +119,7 @@ def one_hot(model: Judged, slot: BagSlot, items: Rows | None = None) -> sp.csr_m
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     at = np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])
     rows = table.rows.numpy()[at] - slot.base
+    table.touched(len(items))
     return sp.csr_matrix((np.ones(len(rows), np.float32), rows, bounds), shape=(len(items), slot.rows))
 
 
@@ -127,12 +129,16 @@ def bags_of(model: Judged, items: Rows) -> tuple[npt.NDArray[np.int64], npt.NDAr
     starts, rows = model.table.starts.numpy(), model.table.rows.numpy()
     bags = items[:, None] * model.table.bag_count + np.arange(model.table.bag_count)
     bases = np.array([slot.base for slot in model.layout.bags], np.int64)
-    return starts[bags + 1] - starts[bags], rows[starts[bags]] - bases
+    lengths, first = starts[bags + 1] - starts[bags], rows[starts[bags]] - bases
+    model.table.touched(len(items))
+    return lengths, first
 
 
 def floats_of(model: Judged, slot: DenseSlot, items: Rows) -> Floats:
     """(items, width) of one dense column, its missing flag last."""
-    return model.table.dense[torch.from_numpy(items)][:, slot.start : slot.start + slot.width].numpy()
+    floats: Floats = model.table.dense[torch.from_numpy(items)][:, slot.start : slot.start + slot.width].numpy()
+    model.table.touched(len(items))
+    return floats
 
 
 def plain_blocks(model: Judged, items: Rows) -> dict[str, Any]:

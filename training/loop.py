@@ -98,11 +98,12 @@ class Trainer:
         self.train_items, self.validation_items = data.items(TRAIN), self._validation_items()
         self.batch = max(2, min(config.batch_size, len(self.train_items)) // workers)
         """Items a step on this worker; equal on all of them."""
-        self.steps = max(1, len(self.train_items) // (self.batch * workers))
+        through = max(1, len(self.train_items) // (self.batch * workers))
+        self.steps = min(through, config.epoch_steps or through)
         self.table = _placed(data, device)
         self.optimization = Optimization(
             self.task.layer_parameters(), self.task.table_parameters(), config.optimizer, config.epochs, self.steps,
-            self.sparse,
+            self.sparse, bool(data.gains),
         )  # fmt: skip
         self.epoch, self.waited = 0, 0
         self.best_loss, self.best_epoch = math.inf, -1

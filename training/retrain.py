@@ -13,6 +13,7 @@ last checkpoint, everything after it at the step. One run of a model at a time, 
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -33,12 +34,16 @@ from itemvec.version import read_manifest
 from training.config import ClusterConfig, Settings, TrainConfig
 from training.drift import drift, profile
 from training.gate import Check, GateConfig, GateRefused, before, compare
+from training.ingest import forget
 from training.ledger import load_changed
 from training.progress import Display
-from training.run import Job, train
+from training.run import Job, locked, train
 from training.shadow import ShadowConfig, compare_answers
 
 UNFINISHED = {"interrupted", "failed"}
+
+REFUSED = "refused"
+"""The file in a run's folder that names the model whose gate refused what it trained."""
 
 
 class RetrainConfig(Settings):
@@ -226,7 +231,12 @@ class _Retraining:
         with record.step("gate", f"measuring what the gate asks for{beside}") as step:
             checks = compare(trained, champion, gate)
             step.said = f"{sum(check.passed for check in checks)} of {len(checks)} checks passed"
-            self._judge(checks)
+            try:
+                self._judge(checks)
+            except GateRefused:
+                (trained.folder / REFUSED).write_text(job.name)
+                forget_refused(job, but=trained.folder)
+                raise
         with record.step("publish", "publishing it as the challenger") as step:
             trained.evaluation["gate"] = {
                 "run": record.run.id, "champion": self._champion, "checks": record.run.checks,
@@ -310,6 +320,7 @@ class _Retraining:
             for version in removed:
                 job.registry.remove(job.name, version)
             Runs(job.registry).forget(job.name)
+            forget_refused(job)
             step.said = f"removed {', '.join(f'{job.name}@{v}' for v in removed)}" if removed else "nothing is"
 
 
@@ -319,6 +330,16 @@ def too_old(registry: Registry, name: str, keep: int, pinned: tuple[int, ...] = 
     parents = {registry.manifest(name, version).lineage.parent for version in named}
     stay = {*versions[-keep:], *named, *parents, *pinned}
     return [version for version in versions if version not in stay]
+
+
+def forget_refused(job: Job, but: Path | None = None) -> None:
+    """Removes what refused runs of the model left; the last one stays until the next, so that with a looser gate there
+    is nothing to train again. What was only interrupted stays."""
+    for mark in job.runs.glob(f"*/{REFUSED}"):
+        if mark.parent != but and mark.read_text() == job.name:
+            with contextlib.suppress(ItemvecError), locked(mark.parent / "lock", "taken up"):
+                shutil.rmtree(mark.parent)
+    forget(job.runs)
 
 
 def made_from(job: Job, version: int, digest: str, likes_digest: str | None) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -32,17 +33,22 @@ from training.config import ClusterConfig, TrainConfig
 from training.data import Prepared
 from training.evaluate import assess, parent_of, write_report
 from training.exhibits import Exhibits
-from training.folds import TRAIN
-from training.ingest import Items, forget
+from training.folds import TRAIN, some
+from training.ingest import Items, forget, taken
 from training.interactions import Interactions
 from training.judged import judged, measured_rows
 from training.objectives import Predict, chosen
 from training.progress import Display
-from training.start import gains_from
+from training.readout import FITTED, refit_numbers
+from training.start import gains_from, unseen_as_unknown
 from training.warm import align, follow, why_anew
 
 GOLDEN_ROWS = 16
 ENCODED_AT_ONCE = 4096
+
+SETTLED = 500_000
+"""Training rows that the mean and covariance of the embeddings are of at most: of more they are the same to a
+thousandth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ class Trained:
 
     def _golden(self) -> list[tuple[str, dict[str, Any]]]:
         """Some measured rows, as the HTTP API would get them."""
-        some = self.table.take(pa.array(measured_rows(self.data.fold)[:GOLDEN_ROWS]))
+        some = taken(self.table, measured_rows(self.data.fold)[:GOLDEN_ROWS])
         schema = self.job.schema
         return [
             (item_id, _as_json(item))
@@ -131,6 +137,7 @@ class Trained:
 def train(job: Job, display: Display) -> Trained:
     """Raises ItemvecError for all that can go wrong with the table, the schema, the settings or the cluster."""
     display.say("read", f"reading {job.table}")
+    job.registry.names()  # whether it can be reached is better known now than when there is something to publish
     likes_digest = table_digest(job.interactions) if job.interactions else None
     items = read_items(job)
     parent = None if job.follows is None else job.registry.load(f"{job.name}@{job.follows}")
@@ -209,8 +216,10 @@ def target_scores(
 
 @torch.inference_mode()
 def settle(encoder: ItemEncoder, decoder: Decoder, data: Prepared) -> None:
-    """`finish` with the mean and covariance of all training rows; the loop had a moving mean of damaged rows."""
-    items, dim = data.items(TRAIN), encoder.config.dim
+    """`finish` with the mean and covariance of the training rows, of which the loop had those of damaged ones; and what
+    the loop could not teach (`unseen_as_unknown`, `refit_numbers`)."""
+    unseen_as_unknown(encoder, data)
+    items, dim = torch.from_numpy(some(np.flatnonzero(data.fold == TRAIN), SETTLED)), encoder.config.dim
     total, products = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
     for part in torch.split(items, ENCODED_AT_ONCE):
         z = encoder.uncentred(*data.table.clean(part)).double()
@@ -218,6 +227,7 @@ def settle(encoder: ItemEncoder, decoder: Decoder, data: Prepared) -> None:
         products += z.T @ z
     mean = total / len(items)
     finish(encoder, decoder, mean, products / len(items) - torch.outer(mean, mean))
+    refit_numbers(judged(data, encoder, decoder), some(items.numpy(), FITTED))
 
 
 @contextlib.contextmanager
