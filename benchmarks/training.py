@@ -194,13 +194,14 @@ def read_back_loss(trainer: Trainer, items: torch.Tensor) -> float:
 
 
 def peer(python: str, count: int, folder: Path) -> dict[str, Any]:
-    """Seconds of training and loss after each epoch, of pytorch-tabular and of our loop: the same noise and encoder,
-    all else at the defaults of each, but nothing that we learn besides reading back."""
+    """Seconds of training and loss after each epoch, of pytorch-tabular and of our loop: the same widths and noise, all
+    else at the defaults of each, but nothing that we learn besides reading back. Ours are twice as many epochs."""
     table = plain_films()
     config = TrainConfig.load(
         None,
         {
-            "epochs": count, "patience": count, "contrast.weight": 0, "encoder.dropout": 0,
+            "epochs": 2 * count, "patience": 2 * count, "contrast.weight": 0, "encoder.dropout": 0,
+            "encoder.decoder_hidden": [256],
             "corruption": {"swap": 0.15, "mask": 0, "thin": 0, "unseen": 0, "whole": 0},
         },
     )  # fmt: skip
@@ -208,9 +209,14 @@ def peer(python: str, count: int, folder: Path) -> dict[str, Any]:
     for name, which in (("train", TRAIN), ("held", TEST)):
         pq.write_table(table.drop_columns(["id"]).filter(pa.array(fold == which)), folder / f"{name}.parquet")
     program = Path(__file__).parent / "peers" / "tabular.py"
-    arguments = [str(folder / "train.parquet"), str(folder / "held.parquet"), str(count), "256-64"]
+    arguments = ["train.parquet", "held.parquet", str(count), "256-64"]
     said = subprocess.run(
-        [python, "-W", "ignore", program, *arguments], check=True, capture_output=True, text=True, env=one_threaded()
+        [python, "-W", "ignore", program, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     theirs = [json.loads(line) for line in said.stdout.splitlines() if line.startswith('{"seconds"')]
 
@@ -229,10 +235,6 @@ def peer(python: str, count: int, folder: Path) -> dict[str, Any]:
         for name, epochs in (("pytorch-tabular", theirs), ("itemvec", ours))
     }
     return {"loss": aim, "seconds": reached, "start": started, "pytorch-tabular": theirs, "itemvec": ours}
-
-
-def one_threaded() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def large(rows: int, folder: Path) -> dict[str, Any]:
@@ -266,7 +268,7 @@ def main(out: Path, quick: bool, only: str | None, rows: int, peer_python: str |
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as name:
-        place = Path(name)
+        place = Path(name).resolve()
         if "epochs" in wanted:
             results["epochs"] = show_epochs(epochs(of_epoch, count, turns, place))
         if "seconds" in wanted:

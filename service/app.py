@@ -24,6 +24,7 @@ from ray.serve.schema import LoggingConfig
 from itemvec.errors import ItemvecError
 from service import metrics
 from service.config import ServiceConfig
+from service.haproxy import socket_of
 
 APP: Final = "itemvec"
 
@@ -96,13 +97,15 @@ class Fleet:
 class Service:
     """One replica."""
 
-    def __init__(self, config: ServiceConfig, metrics_dir: Path) -> None:
+    def __init__(self, config: ServiceConfig, metrics_dir: Path, sockets: Path | None) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         self._replica = serve.get_replica_context()
         self._node = ray.get_runtime_context().get_node_id()
         metrics_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = metrics.Metrics(metrics_dir)
         self._config = config
+        self._sockets = sockets
+        self._listening: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> "OneRequestId":
         # Imported here, not above, so that the process that deploys need not load torch.
@@ -110,7 +113,7 @@ class Service:
 
         from itemvec.registry import Registry  # noqa: PLC0415
         from service.api import build_app  # noqa: PLC0415
-        from service.listener import listen  # noqa: PLC0415
+        from service.listener import listen, listen_for_haproxy  # noqa: PLC0415
         from service.models import LoadedModels  # noqa: PLC0415
         from service.store import Store  # noqa: PLC0415
 
@@ -135,8 +138,16 @@ class Service:
             self._models, store, self._metrics, config, fleet=self._fleet, metrics_text=self._metrics_of_all
         )
         if config.direct_port is not None:
-            self._listening = listen(app, config.host, config.direct_port)
+            self._listening.append(listen(app, config.host, config.direct_port))
+        if self._sockets is not None:
+            self._listening.append(await listen_for_haproxy(app, socket_of(self._sockets, self._replica.replica_tag)))
         return OneRequestId(app)
+
+    async def __del__(self) -> None:
+        """Serve calls it once, when HAProxy knows that the replica ends: what it still has in hand is answered."""
+        for listening in self._listening:
+            listening.cancel()
+        await asyncio.gather(*self._listening, return_exceptions=True)
 
     async def check_health(self) -> None:
         if not self._models.ready:
@@ -180,8 +191,9 @@ class OneRequestId:
         await self._app(scope, receive, send_without if scope["type"] == "http" else send)
 
 
-def application(config: ServiceConfig) -> serve.Application:
-    """The Serve application of these settings."""
+def application(config: ServiceConfig, sockets: Path | None = None) -> serve.Application:
+    """The Serve application of these settings; in the folder `sockets` its replicas listen for a HAProxy that
+    `service.haproxy` installed."""
     metrics_dir = config.metrics_dir or Path(tempfile.gettempdir(), f"itemvec-metrics-{uuid.uuid4().hex[:12]}")
     deployment = serve.deployment(
         name="Service",
@@ -207,7 +219,7 @@ def application(config: ServiceConfig) -> serve.Application:
             },
         },
     )
-    return deployment(Service).bind(config, metrics_dir)
+    return deployment(Service).bind(config, metrics_dir, sockets)
 
 
 def from_settings(settings: dict[str, str]) -> serve.Application:

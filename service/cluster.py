@@ -69,13 +69,16 @@ def _signal_handlers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def deployed(config: ServiceConfig) -> Iterator[str]:
-    """The URL of the service, once it is ready. Requests in flight are answered before the block is left."""
+def deployed(config: ServiceConfig, sockets: Path | None) -> Iterator[str]:
+    """The URL of the service, once it is ready. Requests in flight are answered before the block is left.
+
+    `sockets` is as in `service.app.application`.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = _url(config)
     try:
         try:
-            _deploy(config)
+            _deploy(config, sockets)
             _wait_until_ready(config, url)
         except (RayError, RuntimeError, TimeoutError) as error:
             logs = config.data_dir / "logs"
@@ -88,13 +91,13 @@ def deployed(config: ServiceConfig) -> Iterator[str]:
             remover.join(config.drain_seconds + config.stop_seconds + 2.0)
 
 
-def _deploy(config: ServiceConfig) -> None:
+def _deploy(config: ServiceConfig, sockets: Path | None) -> None:
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": config.host, "port": config.port},
         logging_config=LoggingConfig(log_level="WARNING"),
     )
-    target = serve.RunTarget(application(config), name=APP, route_prefix="/")
+    target = serve.RunTarget(application(config, sockets), name=APP, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
 
 

@@ -1,6 +1,6 @@
-"""A replica's own listener, on a port beside HAProxy's: one hop less for callers on trusted ground.
+"""A replica's own listeners: a socket for HAProxy, and a port beside HAProxy's for callers on trusted ground.
 
-All replicas of a machine listen on the same port (SO_REUSEPORT), and the system gives each new connection to one of
+On the port all replicas of a machine listen together (SO_REUSEPORT), and the system gives each new connection to one of
 them. What HAProxy does for a request is then not done: it does not go to another replica when its own dies, a
 connection stays with its replica however busy that is, and a replica that ends closes its connections.
 """
@@ -8,6 +8,7 @@ connection stays with its replica however busy that is, and a replica that ends 
 import asyncio
 import contextlib
 import socket
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -24,15 +25,28 @@ def listen(app: Any, host: str, port: int) -> "asyncio.Task[None]":
         listening.bind(address)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}, direct_port {port}: {error.strerror or error}") from None
-    server = _Server(uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", server_header=False))
-    return asyncio.get_running_loop().create_task(_answer(server, listening))
+    return asyncio.get_running_loop().create_task(_answer(_Server(_settings(app)), listening))
 
 
-async def _answer(server: uvicorn.Server, listening: socket.socket) -> None:
+async def listen_for_haproxy(app: Any, path: Path) -> "asyncio.Task[None]":
+    """Answers on the Unix socket `path`, which is there when this returns, until the task is cancelled."""
+    # HAProxy decides when an idle connection ends: one that ends as it sends a request is a request that fails.
+    server = _Server(_settings(app, uds=str(path), timeout_keep_alive=3600))
+    task = asyncio.get_running_loop().create_task(_answer(server))
+    while not server.started and not task.done():  # noqa: ASYNC110 uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    return task
+
+
+def _settings(app: Any, **others: Any) -> uvicorn.Config:
+    return uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", server_header=False, **others)
+
+
+async def _answer(server: uvicorn.Server, *listening: socket.socket) -> None:
     try:
-        await server.serve(sockets=[listening])
+        await server.serve(sockets=list(listening) or None)
     finally:  # uvicorn itself closes nothing when it is cancelled
-        await server.shutdown(sockets=[listening])
+        await server.shutdown(sockets=list(listening))
 
 
 class _Server(uvicorn.Server):

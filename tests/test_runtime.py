@@ -58,13 +58,23 @@ def test_a_signal_ends_the_block_once_and_not_its_cleaning_up(number):
 
 def test_the_program_in_haproxys_place_corrects_the_file_and_becomes_haproxy(tmp_path):
     config = tmp_path / "haproxy.cfg"
-    config.write_text("listen stats\n  bind *:8404\nfrontend http_frontend\n    bind 127.0.0.1:8000\n")
-    program = tmp_path / "here"
-    haproxy.install(program, "/bin/echo")
+    frontend = "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+    server, rest = "    server SERVE_REPLICA--itemvec-Service-", " observe layer4 error-limit 1 on-error mark-down\n"
+    proxy = "    server SERVE_PROXY_ACTOR-n0de 127.0.0.1:30009 check backup\n"
+    elsewhere = f"{server}ab2 127.0.0.1:30002 check{rest}"
+    config.write_text(
+        f"listen stats\n  bind *:8404\n{frontend}{server}ab1 127.0.0.1:30001 check{rest}{elsewhere}{proxy}"
+    )
+    program, sockets = tmp_path / "here", tmp_path / "s"
+    sockets.mkdir()
+    for listening in ("ab1", "n0de"):
+        haproxy.socket_of(sockets, listening).touch()
+    haproxy.install(program, "/bin/echo", sockets)
     assert stat.S_IMODE(program.stat().st_mode) == 0o700
     done = subprocess.run([program, "-db", "-f", config], check=True, capture_output=True, text=True)
     assert done.stdout == f"-db -f {config}\n"
-    assert config.read_text() == "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+    here = f"{server}ab1 unix@{sockets}/ab1 check addr 127.0.0.1 port 30001{rest}"
+    assert config.read_text() == frontend + here + elsewhere + proxy
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
@@ -75,7 +85,7 @@ def test_the_program_in_haproxys_place_dies_with_its_parent(tmp_path):
     sleeper = tmp_path / "sleeper"
     sleeper.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     sleeper.chmod(0o700)
-    haproxy.install(program, str(sleeper))
+    haproxy.install(program, str(sleeper), tmp_path)
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run([{str(program)!r}, '-f', {str(config)!r}])"]
     )
