@@ -41,8 +41,8 @@ if ! $$found -c 'import ensurepip, venv' >/dev/null 2>&1; then \
 fi
 endef
 
-# The stamp is written last: an installation that was cut short is taken up again, a whole one is reused. Python compiles
-# a module when it is first imported; pip would compile all of them, most of which nobody imports.
+# The stamp is written last: an installation that was cut short is taken up again, a whole one is reused. pip would
+# compile the modules one by one; here all cores do, without the tests of others. A file that is no Python is no error.
 $(STAMP): pyproject.toml constraints.txt
 	@$(find_python); \
 	if ! $(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then \
@@ -51,6 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about 2 GB the first time, a few minutes) ..."
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile $$(test -t 1 || echo --quiet) \
 		$(PIP_ARGS) --constraint constraints.txt --editable '.[all,dev]'
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 demo: $(STAMP)
@@ -62,12 +63,15 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The quick tests run alone, because some of them hold a bound of 200 ms. Those on a real Ray wait half of their time for
-# processes to start and to end, so two files of them run at once. That nothing is left for one of the two (status 5)
-# is no failure.
-test: check
+# Most of the time of the slow tests is Ray's, which starts and ends, and types need a core only: the two go together.
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -m slow --durations=12 $(PYTEST_ARGS) || [ $$? -eq 5 ] || { wait $$types; exit 1; }; \
+	wait $$types
 	@echo 'make test: format, lint, types, import contracts and tests are all right'
 
 format: $(STAMP)

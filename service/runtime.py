@@ -8,6 +8,7 @@ process be killed outright, Linux and Ray end the rest within seconds.
 """
 
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from itemvec.errors import ConfigError, ItemvecError, RegistryError
+from itemvec.errors import ConfigError, ItemvecError, RegistryError, VersionCorrupt
 from service import haproxy
 from service.config import NO_CHAMPION, ServiceConfig
 from service.processes import own_ray_died, processes_with
@@ -153,12 +154,30 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_registry(registry: str) -> None:
-    """Raises `RegistryError` if no model in the folder has an alias, so that nobody waits for Ray to hear of it.
+    """Raises `RegistryError` if no model in the folder has an alias, and `VersionCorrupt` if a champion's files are not
+    there whole, so that nobody waits for Ray to hear of it.
 
     The replicas look closer. `Registry` is not used here: it loads torch, 190 MB that this process would keep.
     """
-    if "://" not in registry and not any(Path(registry).glob("*/aliases.json")):
+    if "://" in registry:
+        return
+    aliases = {file.parent: json.loads(file.read_bytes()) for file in Path(registry).glob("*/aliases.json")}
+    if not aliases:
         raise RegistryError(NO_CHAMPION.format(registry))
+    for model, versions in aliases.items():
+        if "champion" in versions:
+            _check_files(model, versions["champion"])
+
+
+def _check_files(model: Path, version: int) -> None:
+    folder, ref = model / "versions" / str(version), f"{model.name}@{version}"
+    try:
+        for name, entry in json.loads((folder / "manifest.json").read_bytes())["files"].items():
+            size = (folder / name).stat().st_size
+            if size != entry["size"]:
+                raise VersionCorrupt(ref, f"{name} has {size:,} bytes and had {entry['size']:,}")
+    except OSError as error:
+        raise VersionCorrupt(ref, f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 @contextmanager

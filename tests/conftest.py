@@ -82,9 +82,10 @@ async def toys(
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_service(tmp_path_factory: pytest.TempPathFactory, toy_registry: Path) -> Iterator[RealService]:
-    """`itemvec serve` with two replicas on a Ray of its own, one for all tests."""
+    """`itemvec serve` with two replicas on a Ray of its own. Not for the whole session: an idle Ray takes a third of a
+    core."""
     folder = tmp_path_factory.mktemp("service")
     with RealService(folder, serving.copied(toy_registry, folder / "registry"), replicas=2) as service:
         eventually(lambda: len(service.replicas()) == 2, 60)

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import serving
 
-from itemvec.errors import ConfigError
+from itemvec.errors import ConfigError, VersionCorrupt
 from service import haproxy
 from service.config import ServiceConfig
-from service.runtime import check_port, serve_environment, stop_signals
+from service.runtime import check_port, check_registry, serve_environment, stop_signals
 
 
 def test_a_port_in_use_is_told_with_the_way_out():
@@ -26,6 +27,20 @@ def test_a_port_in_use_is_told_with_the_way_out():
 def test_a_host_of_another_machine_is_told():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):  # reserved for documentation, so never ours
         check_port("192.0.2.1", 8000)
+
+
+def test_a_champion_that_is_not_whole_is_told_before_ray_is_started(tmp_path, toy_registry):
+    registry = serving.copied(toy_registry, tmp_path / "registry")
+    check_registry(str(registry))
+    weights = registry / "toys" / "versions" / "1" / "encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10])
+    with pytest.raises(
+        VersionCorrupt, match=r"toys@1 is not what was published: encoder\.safetensors has 10 bytes and"
+    ):
+        check_registry(str(registry))
+    weights.unlink()
+    with pytest.raises(VersionCorrupt, match=r"toys@1 .*encoder\.safetensors cannot be read"):
+        check_registry(str(registry))
 
 
 def test_the_environment_names_no_path_outside_the_private_folder(tmp_path):
