@@ -68,9 +68,9 @@ Row = dict[str, Any]
 class Bench:
     """What all sections need: the films, a registry with a trained encoder, and how long to measure."""
 
-    def __init__(self, out: Path, registry: Path, peer_python: str, quick: bool) -> None:
+    def __init__(self, out: Path, registry: Path, peer_python: str, quick: bool, rounds: int = 5) -> None:
         self.out, self.registry, self.peer_python, self.quick = out, registry, peer_python, quick
-        self.rounds, self.seconds = (1, 2.0) if quick else (5, 4.0)
+        self.rounds, self.seconds = (1, 2.0) if quick else (rounds, 4.0)
         self.version = Registry(registry).load("movies@champion")
         self.folder = registry / "movies" / "versions" / str(self.version.version)
         names = [feature.name for feature in self.version.schema.features]
@@ -408,8 +408,11 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
 @click.option("--registry", type=click.Path(path_type=Path, file_okay=False), help="Of a film model trained before.")
 @click.option("--peer-python", default=sys.executable, help="The interpreter that has BentoML and LitServe.")
 @click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of which each figure is the median."
+)
 @click.option("--quick", is_flag=True, help="One short round, up to 100,000 items: to see that it runs.")
-def main(out: Path, registry: Path | None, peer_python: str, only: str, quick: bool) -> None:
+def main(out: Path, registry: Path | None, peer_python: str, only: str, rounds: int, quick: bool) -> None:
     needs_wrk()
     wanted = only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -422,7 +425,7 @@ def main(out: Path, registry: Path | None, peer_python: str, only: str, quick: b
         if not registry.exists():
             train(registry)
     with stop_signals():  # whoever ends it, the servers end with it
-        run(Bench(out, registry.absolute(), peer_python, quick), wanted)
+        run(Bench(out, registry.absolute(), peer_python, quick, rounds), wanted)
 
 
 if __name__ == "__main__":
