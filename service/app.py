@@ -8,7 +8,7 @@ import gc
 import logging
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -107,7 +107,7 @@ class Service:
         self._sockets = sockets
         self._listening: list[asyncio.Task[None]] = []
 
-    async def __serve_build_asgi_app__(self) -> "OneRequestId":
+    async def __serve_build_asgi_app__(self) -> "BehindServe":
         # Imported here, not above, so that the process that deploys need not load torch.
         import torch  # noqa: PLC0415
 
@@ -141,13 +141,7 @@ class Service:
             self._listening.append(listen(app, config.host, config.direct_port))
         if self._sockets is not None:
             self._listening.append(await listen_for_haproxy(app, socket_of(self._sockets, self._replica.replica_tag)))
-        return OneRequestId(app)
-
-    async def __del__(self) -> None:
-        """Serve calls it once, when HAProxy knows that the replica ends: what it still has in hand is answered."""
-        for listening in self._listening:
-            listening.cancel()
-        await asyncio.gather(*self._listening, return_exceptions=True)
+        return BehindServe(app, self._listening)
 
     async def check_health(self) -> None:
         if not self._models.ready:
@@ -176,11 +170,15 @@ class Service:
         return metrics.exposition({snapshot.node: snapshot for snapshot in snapshots}.values())
 
 
-class OneRequestId:
-    """Leaves X-Request-ID to Serve, which adds it to every answer itself; it would be there twice."""
+class BehindServe:
+    """The application as Serve runs it.
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
+    X-Request-ID is left to Serve, which adds it to every answer itself: it would be there twice. And before the
+    application ends, so do the replica's own listeners, of which Serve knows nothing: what they have is answered.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], listening: Sequence["asyncio.Task[None]"]) -> None:
+        self._app, self._listening = app, listening
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_without(message: Any) -> None:
@@ -188,7 +186,18 @@ class OneRequestId:
                 message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
             await send(message)
 
-        await self._app(scope, receive, send_without if scope["type"] == "http" else send)
+        async def receive_last() -> Any:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                for listening in self._listening:
+                    listening.cancel()
+                await asyncio.gather(*self._listening, return_exceptions=True)
+            return message
+
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive_last, send)
+        else:
+            await self._app(scope, receive, send_without if scope["type"] == "http" else send)
 
 
 def application(config: ServiceConfig, sockets: Path | None = None) -> serve.Application:

@@ -5,7 +5,8 @@ import pytest
 from realservice import free_port
 
 from itemvec.errors import ConfigError
-from service.listener import listen
+from service.app import BehindServe
+from service.listener import listen, listen_for_haproxy
 
 pytestmark = pytest.mark.anyio
 
@@ -39,3 +40,31 @@ async def test_several_listen_on_one_port_and_the_others_answer_when_one_ends():
 async def test_an_address_of_another_machine_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1, direct_port 8123"):
         listen(answering(b""), "192.0.2.1", 8123)
+
+
+async def test_what_a_listener_has_in_hand_is_answered_before_the_application_ends(tmp_path):
+    ended, asked = asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            assert (await receive())["type"] == "lifespan.shutdown"
+            ended.set()
+            return
+        asked.set()
+        await asyncio.sleep(0.3)
+        await answering(b"too late" if ended.is_set() else b"in time")(scope, receive, send)
+
+    socket = tmp_path / "socket"
+    behind = BehindServe(app, [await listen_for_haproxy(app, socket)])
+
+    async def told():
+        return {"type": "lifespan.shutdown"}
+
+    transport = httpx.AsyncHTTPTransport(uds=str(socket))
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        request = asyncio.create_task(client.get("/"))
+        await asked.wait()
+        await behind({"type": "lifespan"}, told, None)
+        assert ended.is_set() and (await request).content == b"in time"
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/")
