@@ -69,15 +69,18 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return registry_option(command)
 
 
-@click.command()
-@click.argument("table")
-@click.option(
+schema_option = click.option(
     "--schema",
     "schema_file",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     help="What the columns are; `itemvec schema infer` writes a first one.",
 )
+
+
+@click.command()
+@click.argument("table")
+@schema_option
 @click.option("--promote", is_flag=True, help="Make the new version the champion. The first version always is.")
 @click.option(
     "--from",
@@ -247,13 +250,7 @@ def _secret(file: Path) -> str:
 
 @click.command()
 @click.argument("table")
-@click.option(
-    "--schema",
-    "schema_file",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="What the columns are; `itemvec schema infer` writes a first one.",
-)
+@schema_option
 @click.option(
     "--space",
     "space_file",
