@@ -184,9 +184,10 @@ def test_vectors_are_turned_onto_those_of_the_version_and_no_angle_changes(versi
     turn(encoder, decoder, torch.linalg.qr(torch.randn(8, 8, generator=dice, dtype=torch.float64))[0])
     batch = data.transform.transform_table(table(240))
     turned = encoder.encode(batch)
-    assert np.abs(turned - data.parent.vectors.numpy()).max() > 0.3
+    before = version.encode_arrow(table(240)).vectors
+    assert np.abs(turned - before).max() > 0.3
     align(encoder, decoder, data)
-    np.testing.assert_allclose(encoder.encode(batch), data.parent.vectors.numpy(), atol=1e-4)
+    np.testing.assert_allclose(encoder.encode(batch), before, atol=1e-4)
     assert drift(turned, encoder.encode(batch)) < 1e-4
     torch.testing.assert_close(decoder.basis, version.decoder.basis, atol=1e-4, rtol=0)
 
@@ -220,7 +221,7 @@ def test_compatible_holds_vectors_where_the_version_has_them(version, tmp_path):
         data = dataclasses.replace(data, parent=parent)
         align(encoder, decoder, data)
         ours = encoder.encode(data.transform.transform_table(later))
-        moved[weight] = float((ours * parent.vectors.numpy()).sum(1).mean())
+        moved[weight] = float((ours * version.encode_arrow(later).vectors).sum(1).mean())
     assert moved[10.0] > 0.98 > moved[0.0] > 0.5
 
 
@@ -234,10 +235,27 @@ def test_compatible_with_vectors_of_another_dim_is_refused(version, tmp_path):
         chosen(config, data)
 
 
+def test_only_training_rows_that_vectors_are_turned_by_are_encoded_unless_all_are_to_stay(
+    version, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.warm.ALIGNED", 50)
+    monkeypatch.setattr("training.warm.BLOCK", 100)  # 240 rows: two blocks and a rest
+    films = table(240)
+    data, every = Prepared.make(films, version.schema, CONFIG, tmp_path), version.encode_arrow(films).vectors
+    some, all_rows = (
+        follow(version, films, data, CONFIG.model_copy(update={"compatible": c}), tmp_path) for c in (0, 1)
+    )
+    assert 20 < len(some.rows) <= 50 and all(data.fold[some.rows] == 0)
+    assert all_rows.rows.tolist() == list(range(240))
+    for parent in (some, all_rows):
+        np.testing.assert_allclose(parent.vectors.numpy(), every[parent.rows], atol=1e-6)
+
+
 def test_workers_open_what_the_driver_took_from_the_version(version, tmp_path):
-    made_by_driver = Prepared.make(table(240), version.schema, CONFIG, tmp_path)
-    made_by_driver = made_by_driver.with_parent(follow(version, table(240), made_by_driver, CONFIG), tmp_path)
-    one, other = Trainer(made_by_driver, CONFIG, CPU), Trainer(Prepared.open(tmp_path), CONFIG, CPU)
+    config = CONFIG.model_copy(update={"compatible": 1.0})
+    made_by_driver = Prepared.make(table(240), version.schema, config, tmp_path)
+    made_by_driver = made_by_driver.with_parent(follow(version, table(240), made_by_driver, config), tmp_path)
+    one, other = Trainer(made_by_driver, config, CPU), Trainer(Prepared.open(tmp_path), config, CPU)
     for mine, theirs in zip(one.task.parameters(), other.task.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     items = torch.tensor([3, 5])

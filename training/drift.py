@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from itemvec.check import flat_labels, undictionaried
 from itemvec.schema import Feature, FeatureSchema, Multi, Nominal, Numeric, Ordinal, Timestamp
 from itemvec.values import unix_seconds
+from training.ingest import taken
 
 SAMPLED = 50_000
 """Rows that are looked at."""
@@ -102,4 +103,4 @@ def _values(table: pa.Table, feature: Feature) -> Any:
 def _sampled(table: pa.Table) -> pa.Table:
     """SAMPLED rows at most, evenly spaced."""
     step = max(1, -(-table.num_rows // SAMPLED))
-    return table if step == 1 else table.take(pa.array(range(0, table.num_rows, step)))
+    return table if step == 1 else taken(table, range(0, table.num_rows, step))

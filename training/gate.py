@@ -10,21 +10,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from itemvec.errors import ItemvecError
 from itemvec.schema import FeatureSchema
-from itemvec.table import read_table, rows
+from itemvec.table import rows
 from itemvec.version import ModelVersion
 from training.coldstart import cold_start
 from training.config import Settings
 from training.ingest import taken
-from training.judged import Judged, Views, judged, judged_version, measured_rows, searched_rows, truth_of
+from training.judged import Views, judged, judged_version, measured_rows, searched_rows, truth_of
 from training.readback import read_back
 from training.retrieval import retrieve
-from training.run import Job, Trained, one_thread
+from training.run import Job, Trained, one_thread, read_items
 from training.space import space
 
 TIMED = 50
@@ -158,7 +159,7 @@ def compare(trained: Trained, champion: ModelVersion | None, gate: GateConfig) -
     checks = list(_alone(trained, gate))
     if champion is not None:
         with torch.inference_mode(), one_thread():
-            checks += _beside(trained, champion, _judged_champion(trained, champion), gate)
+            checks += _beside(trained, champion, gate)
     return checks
 
 
@@ -173,12 +174,15 @@ def _alone(trained: Trained, gate: GateConfig) -> Iterator[Check]:
         yield Check("MB of weights", weights / 1e6, gate.size, at_most=True)
 
 
-def _beside(trained: Trained, champion: ModelVersion, theirs: Judged, gate: GateConfig) -> Iterator[Check]:
-    ours, fold = trained.evaluation, trained.data.fold
-    measured = measured_rows(fold)
-    views = Views(theirs, searched_rows(fold))
+def _beside(trained: Trained, champion: ModelVersion, gate: GateConfig) -> Iterator[Check]:
+    ours, data = trained.evaluation, trained.data
+    searched, measured = searched_rows(data.fold), np.arange(len(measured_rows(data.fold)))
+    table = _table_for(trained, champion)
+    theirs = judged_version(champion, table, data.fold, searched)
+    views = Views(theirs, np.arange(len(searched)))
     if gate.retrieval is not None:
-        truth = truth_of(judged(trained.data, trained.encoder, trained.decoder))
+        labels = truth_of(judged(data, trained.encoder, trained.decoder))
+        truth = {name: of_column[searched] for name, of_column in labels.items()}
         retrieval, _ = retrieve(views, len(measured), truth, baselines=False)
         both = [name for name in ours["retrieval"]["columns"] if name in retrieval["columns"]]
         if both:
@@ -189,8 +193,11 @@ def _beside(trained: Trained, champion: ModelVersion, theirs: Judged, gate: Gate
             yield Check("retrieval precision@10", new, old - gate.retrieval, old)
     if gate.column is not None:
         yield from _columns(trained, read_back(views, len(measured)), gate.column)
-    if gate.cold_start is not None and ours["cold_start"] is not None and trained.data.interactions is not None:
-        old_figures = cold_start(theirs, trained.data.interactions.likes, fold, baselines=False)
+    if gate.cold_start is not None and ours["cold_start"] is not None and data.interactions is not None:
+        likes = data.interactions.likes
+        liked = np.flatnonzero(likes.getnnz(0))  # nobody asks for the others
+        theirs_of_liked = judged_version(champion, table, data.fold, liked)
+        old_figures = cold_start(theirs_of_liked, likes[:, liked], data.fold[liked], baselines=False)
         if old_figures is not None:
             for figure in ("recall", "ndcg"):
                 new, old = ours["cold_start"]["model"][figure], old_figures["model"][figure]
@@ -230,14 +237,14 @@ def encode_milliseconds(trained: Trained) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def _judged_champion(trained: Trained, champion: ModelVersion) -> Judged:
-    """The champion with the new table as its own transform sees it; a column that the table lost is missing."""
-    schema = champion.schema
-    table = read_table(trained.job.table, [schema.id, *(f.name for f in schema.features)])
-    for feature in schema.features:
-        if feature.name not in table.column_names:
-            table = table.append_column(feature.name, pa.nulls(table.num_rows))
-    return judged_version(champion, table, trained.data.fold)
+def _table_for(trained: Trained, champion: ModelVersion) -> pa.Table:
+    """The new table with the columns that the champion reads; one that it lost is missing on every row."""
+    names = [feature.name for feature in champion.schema.features]
+    table = read_items(trained.job, names).table
+    for name in names:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows))
+    return table
 
 
 def _higher_is_better(column: dict[str, Any], trained: Trained, name: str) -> float | None:

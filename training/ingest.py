@@ -84,9 +84,17 @@ def opened(copy: Path) -> pa.Table:
 
 
 def taken(table: pa.Table, rows: Iterable[int]) -> pa.Table:
-    """These rows of a table, in this order. pyarrow's own `take` copies whole columns of lists for it, and fails where
-    their labels are more than 2 GiB."""
-    return pa.concat_tables([table.slice(0, 0), *(table.slice(int(row), 1) for row in rows)]).combine_chunks()
+    """These rows of a table, in this order, each from the chunk that it lies in: pyarrow's own `take` of a table copies
+    whole columns of lists for it, and fails where their labels are more than 2 GiB."""
+    wanted = np.fromiter(rows, np.int64)
+    order = np.argsort(wanted, kind="stable")
+    places, parts, start, done = wanted[order], [table.slice(0, 0)], 0, 0
+    for batch in table.to_batches():
+        end = int(np.searchsorted(places, start + len(batch)))
+        if end > done:
+            parts.append(pa.Table.from_batches([batch.take(pa.array(places[done:end] - start))]))
+        start, done = start + len(batch), end
+    return pa.concat_tables(parts).combine_chunks().take(pa.array(np.argsort(order)))
 
 
 @contextmanager
@@ -270,9 +278,13 @@ def _types(url: str, schema: FeatureSchema) -> dict[str, pa.DataType]:
             types[feature.name] = pa.string()
         elif isinstance(feature, Numeric):
             types[feature.name] = pa.float64()
-    if FORMATS.get(Path(files_of(url)[0]).suffix.lower()) == "CSV":
+    if is_csv(url):
         types[schema.id] = pa.string()
     return types
+
+
+def is_csv(url: str) -> bool:
+    return FORMATS.get(Path(files_of(url)[0]).suffix.lower()) == "CSV"
 
 
 def _hashed(what: Any) -> str:

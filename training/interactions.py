@@ -15,11 +15,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from itemvec.check import require_columns
+from itemvec.check import require_columns, undictionaried
 from itemvec.errors import TableError
-from itemvec.table import read_table
+from itemvec.table import batches
 from training.config import InteractionsConfig
 from training.folds import TRAIN
+from training.ingest import is_csv
 
 LOUDEST = 50
 """Likes of one user that count at most: who likes a thousand items does not decide for all."""
@@ -38,25 +39,25 @@ class Interactions:
     _by_fold: dict[int, sp.csr_matrix] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def read(cls, url: str, config: InteractionsConfig, ids: list[str], fold: npt.NDArray[np.int8]) -> "Interactions":
-        """`ids` (n,) of the prepared table's rows. Raises TableError, SchemaMismatch where nothing can be learned."""
-        names = [config.user, config.item, *([config.weight] if config.weight else [])]
-        table = read_table(url, names)
-        require_columns(table, names)
-        if config.weight is not None and config.least is not None:
-            table = table.filter(pc.greater_equal(table.column(config.weight), config.least))
-        row_of = {item: row for row, item in enumerate(ids)}
-        items = np.array([row_of.get(str(item), -1) for item in table.column(config.item).to_pylist()], np.int64)
-        users = table.column(config.user).dictionary_encode().combine_chunks()
-        codes = np.asarray(users.indices.fill_null(-1))
-        there = (items >= 0) & (codes >= 0)
+    def read(
+        cls, url: str, config: InteractionsConfig, ids: pa.ChunkedArray | list[str], fold: npt.NDArray[np.int8]
+    ) -> "Interactions":
+        """`ids` (n,) of the prepared table's rows. The table of interactions is read piece by piece: what must fit in
+        memory are likes. Raises TableError, SchemaMismatch where nothing can be learned."""
+        users, items = _likes(url, config)
+        ids = pa.chunked_array([ids]) if isinstance(ids, list) else ids.cast(pa.string())
+        row_of = pc.index_in(items.dictionary, value_set=ids).fill_null(-1).to_numpy()
+        who, what = (np.asarray(column.indices.fill_null(-1)) for column in (users, items))
+        there = (who >= 0) & (what >= 0)
+        there[there] = row_of[what[there]] >= 0
         if not there.any():
             raise TableError(
-                f"{url}: none of its {len(items):,} rows is a like of an item of the table "
-                f"(column {config.item!r}, such as {_examples(table, config.item)}; ids are such as {ids[0]!r})"
+                f"{url}: none of its {len(items):,} rows is a like of an item of the table (column {config.item!r}, "
+                f"such as {', '.join(map(repr, items.dictionary[:2].to_pylist()))}; ids are such as {ids[0].as_py()!r})"
             )
         shape = (len(users.dictionary), len(ids))
-        likes = sp.csr_matrix((np.ones(int(there.sum()), np.float32), (codes[there], items[there])), shape=shape)
+        ones = np.ones(int(there.sum()), np.float32)
+        likes = sp.csr_matrix((ones, (who[there], row_of[what[there]])), shape=shape)
         likes.data[:] = 1.0  # who rated an item twice likes it once
         return cls(likes, fold)
 
@@ -116,6 +117,24 @@ class Interactions:
         return self._by_fold[fold]
 
 
+def _likes(url: str, config: InteractionsConfig) -> tuple[pa.DictionaryArray, pa.DictionaryArray]:
+    """(m,) users and (m,) items, as text, of the rows that are likes."""
+    names = [config.user, config.item, *([config.weight] if config.weight else [])]
+    found: list[pa.Table] = []
+    for batch in batches(url, names, dict.fromkeys(names[:2], pa.string()) if is_csv(url) else None):
+        part = pa.Table.from_batches([batch])
+        require_columns(part, names)
+        if config.weight is not None and config.least is not None:
+            part = part.filter(pc.greater_equal(part.column(config.weight), config.least))
+        coded = [undictionaried(part.column(name)).cast(pa.string()).dictionary_encode() for name in names[:2]]
+        found.append(pa.table(coded, ["user", "item"]))
+    if not found:
+        raise TableError(f"{url} has no rows")
+    likes = pa.concat_tables(found).unify_dictionaries()
+    users, items = (likes.column(name).combine_chunks() for name in ("user", "item"))
+    return users, items
+
+
 def _loudness(likes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     loudness: npt.NDArray[np.float64] = np.minimum(likes, LOUDEST).astype(np.float64)
     return loudness
@@ -136,7 +155,3 @@ def _draw_below(bound: npt.NDArray[np.integer], generator: torch.Generator) -> n
 
 def _rows(likes: sp.csr_matrix, user: npt.NDArray[np.int64], place: npt.NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(likes.indices[likes.indptr[user] + place].astype(np.int64))
-
-
-def _examples(table: pa.Table, name: str) -> str:
-    return ", ".join(repr(value) for value in table.column(name).slice(0, 2).to_pylist())

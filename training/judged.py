@@ -18,7 +18,7 @@ from itemvec.features import FIRST, BagSlot, DenseSlot, Layout
 from itemvec.version import ModelVersion
 from training.data import EncodedTable, Marginals, Prepared
 from training.folds import TEST, TRAIN, some
-from training.ingest import encode
+from training.ingest import BLOCK, encode, taken
 
 MEASURED = 1_000
 """Held-out rows that are measured at most; chosen by their place, so the same for every version of a model."""
@@ -51,11 +51,18 @@ def judged(data: Prepared, encoder: ItemEncoder, decoder: Decoder) -> Judged:
     return Judged(encoder.eval(), decoder.eval(), data.layout, data.table, data.marginals)
 
 
-def judged_version(version: ModelVersion, table: pa.Table, fold: npt.NDArray[np.int8]) -> Judged:
-    """A released model with a table as its own transform sees it. Raises SchemaMismatch."""
+def judged_version(
+    version: ModelVersion, table: pa.Table, fold: npt.NDArray[np.int8], only: Rows | None = None
+) -> Judged:
+    """A released model with a table as its own transform sees it: all of it, or `only` these rows, which are its items
+    0, 1, 2, ... then. Raises SchemaMismatch."""
     layout = version.transform.layout
+    parts = encode(table, version.transform)
+    if only is not None:
+        fold, blocks = fold[only], range(0, len(only), BLOCK)
+        parts = (version.transform.transform_table(taken(table, only[at : at + BLOCK])) for at in blocks)
     with tempfile.TemporaryDirectory() as place:  # what is mapped stays, and takes no name
-        EncodedTable.write(Path(place), encode(table, version.transform), layout)
+        EncodedTable.write(Path(place), parts, layout)
         encoded = EncodedTable.open(Path(place))
     marginals = Marginals.of(encoded, torch.from_numpy(np.flatnonzero(fold == TRAIN)), layout)
     return Judged(version.encoder, version.decoder, layout, encoded, marginals)

@@ -20,8 +20,12 @@ Weights = dict[str, Tensor]
 class Parent:
     version: int
 
+    rows: Tensor | None
+    """(m,) ascending: the rows of the prepared table whose vectors are known; all of them where the run is to be
+    `compatible`"""
+
     vectors: Tensor | None
-    """(n, dim) of the prepared table's items as the version serves them; None where its dim is another one"""
+    """(m, dim) of these as the version serves them; None where its dim is another one"""
 
     basis: Tensor | None
     """(dim, dim) turns them to the axes that the version was trained on, and so those that training begins with"""
@@ -35,7 +39,7 @@ class Parent:
         for name in ("encoder", "decoder"):
             if (weights := getattr(self, name)) is not None:
                 save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
-        for name in ("vectors", "basis"):
+        for name in ("rows", "vectors", "basis"):
             if (numbers := getattr(self, name)) is not None:
                 np.save(folder / f"{name}.npy", numbers.numpy())
         (folder / "version").write_text(str(self.version))
@@ -48,13 +52,13 @@ class Parent:
         for name in ("encoder", "decoder"):
             path = folder / f"{name}.safetensors"
             found[name] = load_file(path) if path.exists() else None
-        for name in ("vectors", "basis"):
+        for name in ("rows", "vectors", "basis"):
             path = folder / f"{name}.npy"
             found[name] = torch.from_numpy(np.load(path, mmap_mode="c")) if path.exists() else None
         return cls(**found)
 
     def as_trained(self, items: Tensor) -> Tensor | None:
         """(B,) items -> (B, dim) their vectors as the losses of the version read them, of length 1."""
-        if self.vectors is None or self.basis is None:
+        if self.rows is None or self.vectors is None or self.basis is None:
             return None
-        return functional.normalize(self.vectors[items] @ self.basis.T, dim=1)
+        return functional.normalize(self.vectors[torch.searchsorted(self.rows, items)] @ self.basis.T, dim=1)

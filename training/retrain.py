@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 from pydantic import PositiveFloat, PositiveInt
 
@@ -29,15 +30,16 @@ from itemvec.errors import ConfigError, ItemvecError, TableError
 from itemvec.registry import CHALLENGER, CHAMPION, Registry
 from itemvec.runs import Lease, LeaseLost, Run, Runs, RunState, Step, StepName, new_run_id
 from itemvec.schema import FeatureSchema
-from itemvec.table import read_table, table_digest
+from itemvec.table import table_digest
 from itemvec.version import read_manifest
 from training.config import ClusterConfig, Settings, TrainConfig
 from training.drift import drift, profile
+from training.folds import some
 from training.gate import Check, GateConfig, GateRefused, before, compare
-from training.ingest import forget
+from training.ingest import forget, taken
 from training.ledger import load_changed
 from training.progress import Display
-from training.run import Job, locked, train
+from training.run import Job, locked, read_items, train
 from training.shadow import ShadowConfig, compare_answers
 
 UNFINISHED = {"interrupted", "failed"}
@@ -205,21 +207,17 @@ class _Retraining:
             if known is None or champion.schema != job.schema:
                 step.said = "the champion has another schema" if known else "the champion has no profile of its table"
                 return True
-            step.figures = drift(known, self._table(), job.schema)
+            step.figures = drift(known, read_items(job).table, job.schema)
             worst = max(step.figures, key=lambda name: step.figures[name])
             step.said = f"most in {worst}: {step.figures[worst]:.3f}"
             return bool(step.figures[worst] >= self._config.drift)
-
-    def _table(self) -> pa.Table:
-        job = self._job
-        return read_table(job.table, [job.schema.id, *(f.name for f in job.schema.features)])
 
     def _train(self) -> int:
         job, gate, record = self._job, self._config.gate, self._record
         champion = None if self._champion is None else job.registry.load(f"{job.name}@{self._champion}")
         record.run.checks = []
         with record.step("check", "checking rows and columns") as step:
-            count = read_table(job.table, [job.schema.id]).num_rows
+            count = read_items(job).table.num_rows
             step.said = f"{count:,} rows, {len(job.schema.features)} columns"
             self._judge(before(job, count, champion, gate))
         with record.step("train", f"training {job.name}") as step:
@@ -262,7 +260,7 @@ class _Retraining:
             schemas = [job.schema]
             if self._champion is not None:
                 schemas.append(FeatureSchema.load(job.registry.path(job.name, self._champion) / "schema.yaml"))
-            table = read_table(job.table, [job.schema.id, *(f.name for schema in schemas for f in schema.features)])
+            table = read_items(job, [f.name for schema in schemas for f in schema.features]).table
             step.figures = load_changed(
                 service, job.registry, job.name, table, schemas, sync=self._config.items == "sync"
             )
@@ -283,9 +281,9 @@ class _Retraining:
         if not config.items or self._champion is None or self._record.run.done("shadow"):
             return
         with self._record.step("shadow", f"the same searches to version {self._champion} and {version}") as step:
-            ids = [str(i) for i in read_table(job.table, [job.schema.id]).column(0).to_pylist()]
-            some = ids[:: max(1, -(-len(ids) // config.items))]
-            step.figures, checks = compare_answers(service, job.name, self._champion, version, some, config)
+            ids = read_items(job).table.select([job.schema.id])
+            asked = taken(ids, some(np.arange(len(ids)), config.items)).column(0).cast(pa.string()).to_pylist()
+            step.figures, checks = compare_answers(service, job.name, self._champion, version, asked, config)
             if step.figures["items"]:
                 step.said = (
                     f"of {step.figures['items']} items {step.figures['overlap']:.2f} of the neighbors are the same"
@@ -306,7 +304,7 @@ class _Retraining:
                     "with it: run it again"
                 )
             if service is None:
-                job.registry.promote(job.name, version)
+                job.registry.promote(job.name, version, after=self._champion)
                 step.said = "a running service follows within seconds"
             else:
                 service.switch(job.name, version)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,12 +24,16 @@ COLUMNS = 12
 
 
 def retrieve(
-    views: Views, queries: int, truth: Mapping[str, Labels], prefixes: Sequence[int] = (), baselines: bool = True
+    views: Views,
+    queries: int,
+    truth: Mapping[str, Labels | sp.csr_matrix],
+    prefixes: Sequence[int] = (),
+    baselines: bool = True,
 ) -> tuple[dict[str, Any], Floats]:
     """Precision@10 per hidden column, for the first `queries` items of `views` among all of them; and the same per
     query, (columns, queries), NaN where an item has no label to share.
 
-    `prefixes` are sizes at which the embedding is judged too. `truth` has the labels of each column.
+    `prefixes` are sizes at which the embedding is judged too. `truth[column][items]` says who has which label.
     """
     model, items = views.model, views.items
     columns = [slot.name for slot in model.layout.bags if slot.name in truth][:COLUMNS]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,9 @@ def train(job: Job, display: Display) -> Trained:
         )
 
 
-def read_items(job: Job) -> Items:
-    """The columns that are learned from."""
-    return Items.read(job.table, job.schema, job.config.predict.targets, job.runs)
+def read_items(job: Job, also: Iterable[str] = ()) -> Items:
+    """The columns that are learned from, and `also` these."""
+    return Items.read(job.table, job.schema, [*job.config.predict.targets, *also], job.runs)
 
 
 def run_digest(job: Job, table_sha256: str, likes_sha256: str | None = None, parent: str | None = None) -> str:
@@ -274,7 +274,7 @@ def prepared(job: Job, items: Items, folder: Path, display: Display, parent: Mod
     data = Prepared.make(table, job.schema, job.config, folder, job.table, items.copy)
     if job.interactions:
         display.say("likes", f"reading {job.interactions}, and how much each column says about them")
-        ids = [str(i) for i in table.column(job.schema.id).to_pylist()]
+        ids = table.column(job.schema.id)
         likes = Interactions.read(job.interactions, job.config.interactions, ids, data.fold)
         gains = gains_from(likes, data, job.config.seed) if job.config.start == "components" else {}
         data = data.with_likes(likes, gains, folder)
@@ -284,7 +284,7 @@ def prepared(job: Job, items: Items, folder: Path, display: Display, parent: Mod
         display.say(
             "follow", f"going on from {parent.ref}" if not anew else f"beginning anew after {parent.ref}: {anew}"
         )
-        data = data.with_parent(follow(parent, table, data, job.config), folder)
+        data = data.with_parent(follow(parent, table, data, job.config, folder), folder)
     done.touch()
     return data
 

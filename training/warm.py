@@ -11,11 +11,14 @@ At the end the vectors are turned onto those of the old version (`align`), which
 
 import copy
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -27,7 +30,8 @@ from itemvec.schema import FeatureSchema
 from itemvec.version import Manifest, ModelVersion
 from training.config import TrainConfig
 from training.data import Prepared
-from training.folds import TRAIN
+from training.folds import TRAIN, some
+from training.ingest import BLOCK, taken
 from training.objectives import Reconstruct
 from training.parent import Parent, Weights
 
@@ -39,6 +43,9 @@ REFITTED = {
     "points", "max_length", "max_characters",
 }  # fmt: skip
 """Settings of a column that may differ: what is read is the same, and how it became numbers is made up for."""
+
+ALIGNED = 100_000
+"""Training rows at most by which the new vectors are turned onto the old ones: more would turn them the same way."""
 
 SCALED_ROWS = 8192
 """Training rows at most by which the scale of a column is compared."""
@@ -62,35 +69,56 @@ def why_anew(parent: Manifest, config: TrainConfig) -> str:
     return ""
 
 
-def follow(parent: ModelVersion, table: pa.Table, data: Prepared, config: TrainConfig) -> Parent:
-    """What the run on `data`, which is `table` prepared, takes from `parent`."""
+def follow(
+    parent: ModelVersion, table: pa.Table, data: Prepared, config: TrainConfig, folder: Path | None = None
+) -> Parent:
+    """What the run on `data`, which is `table` prepared, takes from `parent`. Vectors lie in a file without a name in
+    `folder`, or where temporary files are: those of all rows may be more than memory holds."""
     readable = _readable(parent.schema, data.transform.schema, table)
-    vectors = basis = encoder = decoder = None
+    rows = vectors = basis = encoder = decoder = None
     if parent.dim == config.encoder.dim:
-        parts = [parent.encode_arrow(readable.slice(at, CHUNK)).vectors for at in range(0, table.num_rows, CHUNK)]
-        vectors, basis = torch.from_numpy(np.concatenate(parts)), parent.decoder.basis.clone()
+        wanted = np.arange(table.num_rows) if config.compatible else _aligned(data)
+        rows, vectors = torch.from_numpy(wanted), _vectors(parent, readable, wanted, folder)
+        basis = parent.decoder.basis.clone()
     if not why_anew(parent.manifest, config):
         encoder, decoder = _weights(parent, readable, data, config)
-    return Parent(parent.version, vectors, basis, encoder, decoder)
+    return Parent(parent.version, rows, vectors, basis, encoder, decoder)
 
 
 @torch.no_grad()
 def align(encoder: ItemEncoder, decoder: Decoder, data: Prepared, at_once: int = 4096) -> None:
-    """Turns the finished encoder's vectors onto those that the parent gives the training rows (orthogonal Procrustes,
+    """Turns the finished encoder's vectors onto those that the parent gives training rows (orthogonal Procrustes,
     Schoenemann 1966). Within the blocks between trained prefixes, so that each of them keeps its angles too."""
     parent, dim = data.parent, encoder.config.dim
-    if parent is None or parent.vectors is None:
+    if parent is None or parent.rows is None or parent.vectors is None:
         return
     products = torch.zeros(dim, dim, dtype=torch.float64)
-    for items in torch.split(data.items(TRAIN), at_once):
+    for items in torch.split(torch.from_numpy(_aligned(data)), at_once):
         ours = encoder.eval()(*data.table.clean(items)).double()
-        products += parent.vectors[items].double().T @ ours
+        products += parent.vectors[torch.searchsorted(parent.rows, items)].double().T @ ours
     bounds = [0, *encoder.config.nested, dim]
     turns = []
     for first, last in itertools.pairwise(bounds):
         left, _, right = torch.linalg.svd(products[first:last, first:last])
         turns.append(left @ right)
     turn(encoder, decoder, torch.block_diag(*turns))  # type: ignore[no-untyped-call]
+
+
+def _aligned(data: Prepared) -> npt.NDArray[np.int64]:
+    return some(np.flatnonzero(data.fold == TRAIN), ALIGNED)
+
+
+def _vectors(parent: ModelVersion, readable: pa.Table, rows: npt.NDArray[np.int64], folder: Path | None) -> Tensor:
+    """(m, dim) of the rows (m,), which ascend."""
+    with tempfile.TemporaryFile(dir=folder) as file:  # what is mapped stays
+        found = np.memmap(file, np.float32, shape=(len(rows), parent.dim))
+    for start in range(0, readable.num_rows, BLOCK):
+        first, end = np.searchsorted(rows, [start, start + BLOCK])
+        block = readable.slice(start, BLOCK)
+        for at in range(first, end, CHUNK):
+            part = slice(at, min(at + CHUNK, end))
+            found[part] = parent.encode_arrow(taken(block, rows[part] - start)).vectors
+    return torch.from_numpy(found)
 
 
 def _weights(parent: ModelVersion, readable: pa.Table, data: Prepared, config: TrainConfig) -> tuple[Weights, Weights]:
@@ -163,7 +191,7 @@ def _rows(old: Any, new: Any) -> list[int]:
 def _scales(old: FeatureTransform, readable: pa.Table, data: Prepared) -> list[_Scale]:
     items = data.items(TRAIN)
     items = items[:: -(-len(items) // SCALED_ROWS)]
-    before = torch.from_numpy(old.transform_arrow(readable.take(pa.array(items.numpy()))).batch.dense).double()
+    before = torch.from_numpy(old.transform_arrow(taken(readable, items.numpy())).batch.dense).double()
     now = data.table.dense[items].double()
     slots, scales = {slot.name: slot for slot in old.layout.dense}, []
     for new in data.layout.dense:
