@@ -7,11 +7,10 @@
 A root is a folder or an fsspec URL (`itemvec/roots.py`).
 """
 
-import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,7 @@ class Registry:
         return versions
 
     def aliases(self, name: str) -> dict[str, int]:
-        content = self.root.read(name, _ALIASES_FILE)
-        try:
-            return _Aliases.validate_json(content) if content is not None else {}
-        except ValueError:
-            raise RegistryError(f"{self.url}/{name}/{_ALIASES_FILE} is not alias names with versions") from None
+        return self._parsed(name, self.root.read(name, _ALIASES_FILE))
 
     def resolve(self, ref: str) -> tuple[str, int]:
         """(name, version). Raises ModelNotFound, VersionNotFound."""
@@ -69,13 +64,11 @@ class Registry:
 
     def path(self, name: str, version: int) -> Path:
         """A local folder with the version's files."""
-        if version not in (versions := self.versions(name)):
-            raise VersionNotFound(name, version, versions)
+        self._require(name, version)
         return self.root.fetch(name, version)
 
     def manifest(self, name: str, version: int) -> Manifest:
-        if version not in (versions := self.versions(name)):
-            raise VersionNotFound(name, version, versions)
+        self._require(name, version)
         content = self.root.read(name, f"versions/{version}/{MANIFEST}")
         return parse_manifest(content or b"", f"{name}@{version}")
 
@@ -102,50 +95,73 @@ class Registry:
         return version
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        with self._edited_aliases(name, version) as aliases:
-            aliases[_known(alias)] = version
+        self._require(name, version)
+        self._edit_aliases(name, lambda aliases: {**aliases, _known(alias): version})
 
-    def promote(self, name: str, version: int) -> None:
-        """`version` becomes the champion and the champion becomes `previous`, in one step."""
-        with self._edited_aliases(name, version) as aliases:
+    def promote(self, name: str, version: int, after: int | None = None) -> None:
+        """`version` becomes the champion and the champion becomes `previous`, in one step. Raises RegistryError where
+        `after` is given and is not the champion at that moment."""
+        self._require(name, version)
+
+        def promoted(aliases: dict[str, int]) -> dict[str, int]:
             champion = aliases.get(CHAMPION)
-            if champion == version:
-                return
-            if champion is not None:
-                aliases[PREVIOUS] = champion
-            aliases[CHAMPION] = version
-            if aliases.get(CHALLENGER) == version:
-                del aliases[CHALLENGER]
+            if after is not None and champion not in (after, version):
+                raise RegistryError(f"{name}@{champion} became the champion meanwhile, in place of {name}@{after}")
+            return _promoted(aliases, version)
+
+        self._edit_aliases(name, promoted)
 
     def rollback(self, name: str) -> int:
         """The previous champion becomes the champion again. Raises RegistryError if there is none."""
         self.versions(name)
-        previous = self.aliases(name).get(PREVIOUS)
-        if previous is None:
-            raise RegistryError(f"model {name!r} has no previous champion to roll back to")
-        self.promote(name, previous)
-        return previous
+
+        def rolled_back(aliases: dict[str, int]) -> dict[str, int]:
+            if PREVIOUS not in aliases:
+                raise RegistryError(f"model {name!r} has no previous champion to roll back to")
+            self._require(name, aliases[PREVIOUS])
+            return _promoted(aliases, aliases[PREVIOUS])
+
+        return self._edit_aliases(name, rolled_back)[CHAMPION]
 
     def remove(self, name: str, version: int) -> None:
         """Removes a version for good; its number is not used again. Raises RegistryError if an alias names it."""
-        if version not in (versions := self.versions(name)):
-            raise VersionNotFound(name, version, versions)
+        self._require(name, version)
         with self.root.lock(name):
             held = [alias for alias, named in self.aliases(name).items() if named == version]
             if held:
                 raise RegistryError(f"{name}@{version} is the {held[0]}: it cannot be removed")
             self.root.remove(name, version)
 
-    @contextlib.contextmanager
-    def _edited_aliases(self, name: str, version: int) -> Iterator[dict[str, int]]:
+    def _require(self, name: str, version: int) -> None:
         if version not in (versions := self.versions(name)):
             raise VersionNotFound(name, version, versions)
-        with self.root.lock(name):
-            aliases = self.aliases(name)
-            before = dict(aliases)
-            yield aliases
-            if aliases != before:
-                self.root.replace(name, _ALIASES_FILE, json.dumps(aliases, indent=1).encode())
+
+    def _edit_aliases(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> dict[str, int]:
+        """What `change` made of the aliases, which it may be asked again where another process was faster."""
+        made: dict[str, int] = {}
+
+        def edited(content: bytes | None) -> bytes | None:
+            before = self._parsed(name, content)
+            made.clear()
+            made.update(change(before))
+            return None if made == before else json.dumps(made, indent=1).encode()
+
+        self.root.edit(name, _ALIASES_FILE, edited)
+        return made
+
+    def _parsed(self, name: str, content: bytes | None) -> dict[str, int]:
+        try:
+            return _Aliases.validate_json(content) if content is not None else {}
+        except ValueError:
+            raise RegistryError(f"{self.url}/{name}/{_ALIASES_FILE} is not alias names with versions") from None
+
+
+def _promoted(aliases: dict[str, int], version: int) -> dict[str, int]:
+    champion = aliases.get(CHAMPION)
+    if champion == version:
+        return aliases
+    others = {alias: v for alias, v in aliases.items() if (alias, v) != (CHALLENGER, version)}
+    return others | ({} if champion is None else {PREVIOUS: champion}) | {CHAMPION: version}
 
 
 def _known(alias: str) -> str:

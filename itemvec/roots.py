@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,9 @@ import fsspec
 
 from itemvec.errors import ConfigError, RegistryError
 from itemvec.version import MANIFEST
+
+EDITS = 20
+"""Tries to change a file that others change as well."""
 
 _NUMBER = re.compile(r"(?:\.claim-)?(\d+)")
 
@@ -56,6 +59,11 @@ class Root(ABC):
     @abstractmethod
     def replace(self, name: str, file: str, content: bytes) -> None:
         """In one step: a reader sees the old content or the new one."""
+
+    @abstractmethod
+    def edit(self, name: str, file: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        """Replaces a file by what `change` makes of its content, None for leave it; no other edit comes between reading
+        and writing. Where one did `change` is asked again."""
 
     @abstractmethod
     def create(self, name: str, file: str, content: bytes) -> bool:
@@ -127,6 +135,11 @@ class FolderRoot(Root):
         path = self.root / name / file
         self._written(path, content).replace(path)
 
+    def edit(self, name: str, file: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        with self.lock(name):
+            if (content := change(self.read(name, file))) is not None:
+                self.replace(name, file, content)
+
     def create(self, name: str, file: str, content: bytes) -> bool:
         path = self.root / name / file
         new = self._written(path, content)
@@ -169,7 +182,8 @@ class FolderRoot(Root):
 
 
 class RemoteRoot(Root):
-    """An object store. It has no locks: of two promotions at the same instant the later one stands."""
+    """An object store. It has no locks; on S3 a conditional write takes their place (`edit`). On others the later of
+    two promotions at one instant stands."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -178,6 +192,7 @@ class RemoteRoot(Root):
             raise ConfigError(f"cannot use the registry {url}: {error}") from None
         self.fs: Any = _Storage(storage, url)
         self.root = PurePosixPath(path)
+        self.conditional = url.split(":", 1)[0] in {"s3", "s3a"}
         self.bucket = self.root.parts[0] if BUCKETED.intersection(url.split(":", 1)[:1]) else None
         self.cache = Path.home() / ".cache" / "itemvec" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
@@ -244,6 +259,28 @@ class RemoteRoot(Root):
         self._make(path.parent)
         self.fs.pipe_file(str(path), content)
 
+    def edit(self, name: str, file: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        path = self.root / name / file
+        self._make(path.parent)
+        for _ in range(EDITS):
+            mark = self._mark(path)  # before the content: what is newer than its mark is not written
+            if (content := change(self.read(name, file))) is None:
+                return
+            with contextlib.suppress(FileExistsError):
+                self.fs.pipe_file(str(path), content, **mark)
+                return
+        raise RegistryError(f"{self.fs}/{name}/{file} is changed by others all the time: try again")
+
+    def _mark(self, path: PurePosixPath) -> dict[str, Any]:
+        """The condition of a write that has to fail where the file is not as it is now. S3 knows one (its ETag); of the
+        others fsspec can only say that there must be no file yet."""
+        self.fs.invalidate_cache(str(path.parent))
+        try:
+            info = self.fs.info(str(path))
+        except FileNotFoundError:
+            return {"mode": "create"}
+        return {"IfMatch": info["ETag"]} if self.conditional else {}
+
     def create(self, name: str, file: str, content: bytes) -> bool:
         path = self.root / name / file
         self._make(path.parent)
@@ -288,6 +325,10 @@ class RemoteRoot(Root):
 BUCKETED = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
 
 
+OVERTAKEN = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
+"""What S3 says of a conditional write where another was faster."""
+
+
 class _Storage:
     """A file system of fsspec that says of which registry its errors are. Each has its own for what is not a missing
     file: no credentials, no access, no answer."""
@@ -307,6 +348,9 @@ class _Storage:
             except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:
+                answer = getattr(error.__cause__, "response", None) or {}
+                if answer.get("Error", {}).get("Code") in OVERTAKEN:
+                    raise FileExistsError(str(error)) from error
                 raise RegistryError(f"cannot use the registry {self._url}: {' '.join(str(error).split())}") from error
 
         return told

@@ -45,6 +45,28 @@ def test_tables_and_versions_lie_in_a_bucket(s3, tmp_path, monkeypatch):
     assert registry.versions("t") == [1]
 
 
+def test_of_two_promotions_at_one_instant_neither_is_lost_in_a_bucket(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    registry, other = Registry(f"{URL}/registry"), Registry(f"{URL}/registry")
+    for alias in ("champion", None, None):
+        registry.publish("t", write, alias)
+    seen, read = [], registry.root.read
+
+    def overtaken(name: str, file: str) -> bytes | None:
+        content = read(name, file)
+        if file == "aliases.json" and not seen:
+            other.promote("t", 2)
+        seen.append(content)
+        return content
+
+    monkeypatch.setattr(registry.root, "read", overtaken)
+    registry.promote("t", 3)
+    assert len(seen) == 2, "the first write was refused"
+    assert registry.aliases("t") == {"champion": 3, "previous": 2}
+    with pytest.raises(RegistryError, match="t@3 became the champion meanwhile, in place of t@2"):
+        registry.promote("t", 1, after=2)
+
+
 def test_a_bucket_that_is_not_there_is_named_and_not_made(s3, tmp_path):
     with pytest.raises(TableError, match=r"no table at s3://elsewhere/films\.parquet"):
         read_table("s3://elsewhere/films.parquet")
