@@ -34,6 +34,11 @@ NO_REPLICA: Final = (
 DROPPED: Final = {"frontend prometheus", "listen stats"}
 """Sections that open a port on every interface and that nothing of ours reads."""
 
+NOBODY: Final = "backend default_backend"
+"""For paths of no application. Ours has every path, so they come here when it is not there, as while it ends."""
+
+NOT_THERE: Final = "http-response deny deny_status 503 if { status 404 } { res.hdr(content-type) -m beg text/plain }"
+"""The same of Serve's own proxy, which is asked when no replica is left. Ours say in JSON what they did not find."""
 
 SERVER: Final = re.compile(r"(\s+server \S+-(\w+)) (\S+):(\d+) check\b(?!.* backup)")
 """A replica, whose name ends with its id; Serve's own proxy, the last resort, is the backup."""
@@ -56,24 +61,38 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
     ... listen stats
     ...   bind *:8404
     ... frontend http_frontend
-    ...     bind 127.0.0.1:8000''', "/tmp/x/503.http", Path("/tmp/x/none")))
+    ...     bind 127.0.0.1:8000
+    ... backend default_backend
+    ...     http-request return status 404 content-type text/plain string "no such path"
+    ... backend http-itemvec
+    ...     http-reuse always''', "/tmp/x/503.http", Path("/tmp/x/none")))
     global
         stats socket /tmp/x/admin.sock mode 600 level admin
     defaults
         errorfile 503 /tmp/x/503.http
     frontend http_frontend
         bind 127.0.0.1:8000
+    backend default_backend
+        http-request deny deny_status 503
+    backend http-itemvec
+        http-response deny deny_status 503 if { status 404 } { res.hdr(content-type) -m beg text/plain }
+        http-reuse always
     """
     kept, section = [], ""
     for line in config.splitlines():
         if line and not line[0].isspace():
             section = " ".join(line.split())
+            if section.startswith("backend http-"):
+                kept += [line, f"    {NOT_THERE}"]
+                continue
         words = line.split()
         # Each request would otherwise be a datagram to whoever listens on the syslog port.
         if section in DROPPED or words[:1] == ["log"] or words[:2] == ["option", "httplog"]:
             continue
         replica = SERVER.match(line)
-        if words[:1] == ["errorfile"]:
+        if section == NOBODY and words[:2] == ["http-request", "return"]:
+            kept.append(f"{line[: line.index('http')]}http-request deny deny_status 503")
+        elif words[:1] == ["errorfile"]:
             kept.append(re.sub(r"\S+$", unavailable, line))
         elif replica and (socket := socket_of(sockets, replica[2])).exists():
             kept.append(f"{replica[1]} unix@{socket} check addr {replica[3]} port {replica[4]}{line[replica.end() :]}")
