@@ -79,7 +79,7 @@ def deployed(config: ServiceConfig, sockets: Path | None) -> Iterator[str]:
     try:
         try:
             _deploy(config, sockets)
-            _wait_until_ready(config, url)
+            wait_until_ready(config, url)
         except (RayError, RuntimeError, TimeoutError) as error:
             logs = config.data_dir / "logs"
             raise ItemvecError(f"Ray Serve did not start: {_last_line(str(error))} (Ray's logs: {logs})") from error
@@ -106,7 +106,8 @@ def _remove() -> None:
         serve.delete(APP)
 
 
-def _wait_until_ready(config: ServiceConfig, url: str) -> None:
+def wait_until_ready(config: ServiceConfig, url: str) -> None:
+    """Raises `ItemvecError` once Serve says that the application failed, with its reason, or if it takes too long."""
     deadline = time.monotonic() + config.start_seconds
     look = 0.0
     while not _is_up(f"{url}/readyz"):
