@@ -101,20 +101,12 @@ def test_a_table_without_a_column_of_the_model_is_refused_before_anything_is_wri
 
 
 @pytest.mark.slow
-def test_processes_write_the_same_vectors(registry, tmp_path, monkeypatch):
-    source = str(tmp_path / "films.parquet")
+def test_actors_write_the_same_vectors_and_tell_of_each_block(ray_cluster, registry, tmp_path, monkeypatch):
+    source, told = str(tmp_path / "films.parquet"), []
     embed_table(source, registry, "films", tmp_path / "one")
-    monkeypatch.setattr(embedding, "ALONE", 0)
-    embed_table(source, registry, "films", tmp_path / "two", workers=2)
-    one, two = vectors(tmp_path / "one"), vectors(tmp_path / "two")
-    assert list(one) == list(two) and np.stack(list(one.values())) == pytest.approx(np.stack(list(two.values())))
-
-
-@pytest.mark.slow
-def test_a_ray_cluster_writes_the_same_vectors(ray_cluster, registry, tmp_path):
-    source = str(tmp_path / "films.parquet")
-    embed_table(source, registry, "films", tmp_path / "one")
-    embed_table(source, registry, "films", tmp_path / "two", address="auto")
+    monkeypatch.chdir(tmp_path)  # where the actors are not: what they are told of must be absolute
+    done = embed_table(source, Registry("registry"), "films", Path("two"), 2, "auto", lambda *n: told.append(n))
+    assert told[0] == (0, 90) and told[-1] == (90, 90) and len(told) == 4 and done.items == 90
     one, two = vectors(tmp_path / "one"), vectors(tmp_path / "two")
     assert list(one) == list(two) and np.stack(list(one.values())) == pytest.approx(np.stack(list(two.values())))
 

@@ -390,9 +390,7 @@ def _schema(file: Path, name: str | None) -> Any:
 @click.argument("model", metavar="MODEL")
 @click.argument("table")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--workers", type=click.IntRange(1), metavar="N", help="Processes, for large tables.  [default: one a core]"
-)
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Actors, for large tables.  [default: one a core]")
 @click.option(
     "--ray-address", metavar="ADDRESS",
     help="Embed on this Ray cluster instead, `auto` for the one of this machine; its machines share OUT and registry.",
@@ -414,7 +412,7 @@ def embed_table(model: str, table: str, out: Path, workers: int | None, ray_addr
     with progress_bar() as bar:
         task = bar.add_task(f"embedding with {model}", total=None)
         done = run_embed_table(
-            table, Registry(registry), model, out, workers or os.cpu_count() or 1, ray_address,
+            table, Registry(registry), model, out, workers, ray_address,
             lambda count, total: bar.update(task, completed=count, total=total),
         )  # fmt: skip
     new = done.items - done.done_before

@@ -3,11 +3,13 @@
     OUT/_embedding.json      the model and the table that they are of
     OUT/part-000000.parquet  id, embedding: rows 0 to BLOCK - 1 of the table, and so on
 
-A file is there whole or not at all, so the same command goes on after a kill with the blocks that are left. A block is
-encoded where a process is free: here, or on any machine of a Ray cluster that reaches OUT and the registry.
+A file is there whole or not at all, so the same command goes on after a kill with the blocks that are left. Actors of
+Ray Data encode them, on this machine or on all of a cluster that reach OUT and the registry. An actor loads the model
+once, is told which rows to encode, and reads them from the mapped copy, so that no row passes through Ray.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +28,16 @@ from itemvec.table import BATCH
 from itemvec.version import ModelVersion
 from training import cluster as ray_cluster
 from training.config import ClusterConfig
-from training.ingest import ALONE, Items, ahead, opened, processes, written_whole
+from training.ingest import Items, opened, written_whole
 
 BLOCK: Final = BATCH
 """Rows of a file."""
+
+ALONE: Final = 500_000
+"""Rows up to which one process is done before actors have started."""
+
+QUIET: Final = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""Ray calls it an error that its own actors of Ray Data can be started again."""
 
 ABOUT: Final = "_embedding.json"
 COPY: Final = "_copy"
@@ -42,10 +50,6 @@ class Block:
 
     copy: Path
     """The Arrow file of the table."""
-
-    registry: str
-    ref: str
-    """The model, with its version."""
 
     start: int
     """Its first row."""
@@ -69,10 +73,11 @@ class Embedded:
 
 
 def embed_table(
-    table: str, registry: Registry, ref: str, out: Path, workers: int = 1, address: str | None = None,
+    table: str, registry: Registry, ref: str, out: Path, workers: int | None = None, address: str | None = None,
     told: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Embedded:  # fmt: skip
-    """By `workers` processes of this machine, or on the Ray cluster at `address`; a small table by this one process.
+    """By `workers` actors, one a core if not said otherwise, on the Ray cluster at `address` or on a Ray of our own; a
+    small table without an address by this process.
 
     `told` hears how many items of how many are done. Raises ConfigError where `out` holds the vectors of another model
     or table, SchemaMismatch where the table is not one that the model reads.
@@ -85,8 +90,6 @@ def embed_table(
     blocks = [
         Block(
             items.copy.resolve(),
-            registry.url,
-            model.ref,
             start,
             min(BLOCK, items.table.num_rows - start),
             out.resolve() / f"part-{n:06d}.parquet",
@@ -97,7 +100,9 @@ def embed_table(
     before = items.table.num_rows - sum(block.rows for block in left)
     began, done = time.monotonic(), before
     told(done, items.table.num_rows)
-    for count in _embedded(left, model, workers, address, items.table.num_rows):
+    alone = address is None and items.table.num_rows <= ALONE
+    here = (_write(block, model) for block in left)
+    for count in here if alone else _on_ray(left, registry, model, workers, address):
         done += count
         told(done, items.table.num_rows)
     shutil.rmtree(out / COPY, ignore_errors=True)
@@ -124,49 +129,38 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
             part.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
-def _embedded(
-    blocks: Sequence[Block], model: ModelVersion, workers: int, address: str | None, rows: int
+def _on_ray(
+    blocks: Sequence[Block], registry: Registry, model: ModelVersion, workers: int | None, address: str | None
 ) -> Iterator[int]:
-    """How many items each block has, as it is done."""
-    if address is not None:
-        yield from _on_ray(blocks, address)
-    elif workers == 1 or rows <= ALONE:
-        yield from (_write(block, model) for block in blocks)
-    else:
-        with processes(workers) as pool:
-            yield from ahead(pool, _write_there, [(block,) for block in blocks])
-
-
-def _on_ray(blocks: Sequence[Block], address: str) -> Iterator[int]:
-    """A task a block, at most two a core waiting; Ray runs those of lost machines again, and each writes whole.
-
-    Tasks and not actors of Ray Data: a worker process keeps the model for the blocks after (`_models`), so it is loaded
-    once a process either way; tasks need no size of a pool and take cores as they become free or join; and the blocks
-    are read from the mapped copy where they are encoded, while Ray Data would carry them through its object store.
-    """
+    """How many items each block has, as it is done. What a lost machine had is done again elsewhere."""
+    if not blocks:
+        return
     import ray  # noqa: PLC0415 - takes seconds
+    import ray.data  # noqa: PLC0415
 
-    with ray_cluster.connected(ClusterConfig(address=address)):
-        task = ray.remote(_write_there)
-        most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-        waiting: list[Any] = []
-        for block in blocks:
-            waiting.append(task.remote(block))
-            if len(waiting) >= most:
-                [first], waiting = ray.wait(waiting)
-                yield ray.get(first)
-        yield from ray.get(waiting)
+    url = registry.url if "://" in registry.url else str(Path(registry.url).resolve())
+    told = [{"copy": str(b.copy), "start": b.start, "rows": b.rows, "path": str(b.path)} for b in blocks]
+    with ray_cluster.environment(QUIET), ray_cluster.connected(ClusterConfig(address=address)):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts items, and not blocks
+        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        size = min(workers or max(cores, 1), len(blocks))
+        done = ray.data.from_items(told, override_num_blocks=len(told)).map_batches(
+            _Embedder, fn_constructor_args=(url, model.ref), batch_size=1, num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=size),
+        )  # fmt: skip
+        yield from (row["items"] for row in done.iter_rows())
 
 
-_models: dict[tuple[str, str], ModelVersion] = {}
+class _Embedder:
+    def __init__(self, registry: str, ref: str) -> None:
+        torch.set_num_threads(1)  # there is an actor a core
+        self._model = Registry(registry).load(ref)
 
-
-def _write_there(block: Block) -> int:
-    key = (block.registry, block.ref)
-    if key not in _models:
-        torch.set_num_threads(1)  # there is a process a core
-        _models[key] = Registry(block.registry).load(block.ref)
-    return _write(block, _models[key])
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        """Of one block."""
+        [copy], [start], [rows], [path] = (batch[name].tolist() for name in ("copy", "start", "rows", "path"))
+        return {"items": [_write(Block(Path(copy), start, rows, Path(path)), self._model)]}
 
 
 def _write(block: Block, model: ModelVersion) -> int:
