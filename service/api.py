@@ -1,24 +1,20 @@
 """The HTTP API: what each call does, and the table of all of them."""
 
 import asyncio
-import contextlib
 from binascii import b2a_base64
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from itemvec.errors import FieldError, InvalidItem, ItemNotFound, ItemvecError, ModelNotFound, StoreUnavailable
-from itemvec.registry import Registry
-from itemvec.runs import Run, Runs
-from itemvec.schema import FeatureSchema
+from itemvec.errors import FieldError, InvalidItem, ItemNotFound, ItemvecError, StoreUnavailable
+from itemvec.runs import Run
 from itemvec.version import ModelVersion
 from service import arrow, openapi, requests, schemas
-from service.attributes import filterable
 from service.config import ServiceConfig
 from service.decode import decode
 from service.edge import JSON, Answer, Edge, Keys, Operation, Request
@@ -28,13 +24,15 @@ from service.measured import Measured
 from service.metrics import CONTENT_TYPE, Metrics
 from service.models import LoadedModels
 from service.problems import InvalidRequest, PathNotFound, problem
-from service.promote import Fleet, Job, Promotions
+from service.promote import Fleet, Promotions
 from service.queries import read_similar
+from service.releases import Releases
 from service.requests import Entry, Limits, RefusedEntry
 from service.similar import Neighborhoods
 from service.store import Store
 
 Vectors = npt.NDArray[np.float32]
+IN_QUERY: Final = "As in the JSON body, which counts first; an Arrow stream has no room for it"
 
 
 def build_app(
@@ -78,7 +76,8 @@ class Api:
         promotions: Promotions,
         metrics_text: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
-        self._models, self._store, self._metrics, self._promotions = models, store, metrics, promotions
+        self._models, self._store, self._metrics = models, store, metrics
+        self._releases = Releases(models, store, promotions)
         self._writer = ItemWriter(models, store)
         self._metrics_text = metrics_text
         self._filled_once = False
@@ -100,13 +99,14 @@ class Api:
 
     def operations(self) -> Sequence[Operation]:
         """Every call of the API. The documentation is made from this table too."""
+        releases = self._releases
         of_model = {"model": "A model's name; the default model if left out"}
         read, write = (401, 403, 404, 422, 429, 503), (400, 401, 403, 404, 413, 415, 422, 429, 503)
         table = [
             Operation(
                 "POST", "/v1/embeddings", self.embeddings, "Encode items", "embeddings", "read",
                 takes=schemas.EmbeddingsRequest, gives={200: schemas.Embeddings}, refuses=write,
-                query=dict.fromkeys(("model", "dimensions"), "Of an Arrow stream, as in the JSON body"),
+                query=dict.fromkeys(("model", "dimensions"), IN_QUERY),
                 arrow=schemas.ARROW_EMBEDDINGS,
             ),
             Operation(
@@ -125,7 +125,7 @@ class Api:
             Operation(
                 "POST", "/v1/items", self.put_items, "Create or replace many items", "items", "write",
                 takes=schemas.BulkRequest, gives={200: schemas.BulkAnswer}, refuses=write,
-                query={"model": "Of an Arrow stream, as in the JSON body"}, arrow=schemas.ARROW_ITEMS,
+                query={"model": IN_QUERY}, arrow=schemas.ARROW_ITEMS,
             ),
             Operation(
                 "GET", "/v1/items/{id}", self.get_item, "An item and its vector", "items", "read",
@@ -136,36 +136,36 @@ class Api:
                 gives={204: ""}, refuses=read, query=of_model,
             ),
             Operation(
-                "GET", "/v1/models", self.list_models, "The models", "models", "read",
-                gives={200: schemas.Models}, refuses=(401, 403, 429, 503),
+                "GET", "/v1/models", releases.list_models, "The models", "models", "read",
+                gives={200: schemas.Models}, refuses=(401, 403, 422, 429, 503),
             ),
             Operation(
-                "GET", "/v1/models/{name}", self.get_model, "One model", "models", "read",
+                "GET", "/v1/models/{name}", releases.get_model, "One model", "models", "read",
                 gives={200: schemas.ModelDetail}, refuses=read,
             ),
             Operation(
-                "GET", "/v1/models/{name}/versions/{version}", self.get_version, "One version of a model", "models",
+                "GET", "/v1/models/{name}/versions/{version}", releases.get_version, "One version of a model", "models",
                 "read", gives={200: schemas.VersionDetail}, refuses=read,
             ),
             Operation(
-                "PUT", "/v1/models/{name}/aliases/champion", self.promote, "Promote or roll back", "models", "admin",
-                takes=schemas.AliasRequest, gives={202: schemas.JobStarted}, refuses=(*write, 409),
+                "PUT", "/v1/models/{name}/aliases/champion", releases.promote, "Promote or roll back", "models",
+                "admin", takes=schemas.AliasRequest, gives={202: schemas.JobStarted}, refuses=(*write, 409),
             ),
             Operation(
-                "POST", "/v1/models/{name}/backfill", self.backfill, "Make a version searchable", "models", "admin",
+                "POST", "/v1/models/{name}/backfill", releases.backfill, "Make a version searchable", "models", "admin",
                 takes=schemas.BackfillRequest, gives={202: schemas.JobStarted}, refuses=(*write, 409),
             ),
             Operation(
-                "GET", "/v1/jobs/{id}", self.get_job, "A job and its progress", "models", "read",
+                "GET", "/v1/jobs/{id}", releases.get_job, "A job and its progress", "models", "read",
                 gives={200: schemas.Job}, refuses=read,
             ),
             Operation(
-                "GET", "/v1/runs", self.list_runs, "The last retrainings", "models", "read",
+                "GET", "/v1/runs", releases.list_runs, "The last retrainings", "models", "read",
                 gives={200: schemas.RunList}, refuses=(401, 403, 404, 422, 429, 503),
                 query={"model": "Of this model only"},
             ),
             Operation(
-                "GET", "/v1/runs/{id}", self.get_run, "One retraining", "models", "read",
+                "GET", "/v1/runs/{id}", releases.get_run, "One retraining", "models", "read",
                 gives={200: Run}, refuses=read,
             ),
             Operation("GET", "/healthz", self.healthz, "Is the process alive", "service", gives={200: schemas.Health}),
@@ -175,7 +175,7 @@ class Api:
             ),
             Operation(
                 "GET", "/metrics", self.get_metrics, "Metrics for Prometheus", "service", "read",
-                gives={200: "text/plain"}, refuses=(401, 403, 429, 503),
+                gives={200: "text/plain"}, refuses=(401, 403, 422, 429, 503),
             ),
         ]  # fmt: skip
         described = cache(lambda: openapi.document(table, self._with_keys))  # 90 ms, for the few who ask
@@ -211,17 +211,17 @@ class Api:
     async def embeddings(self, request: Request) -> Answer:
         """Encodes items with a model's champion or with the version that is named. Nothing is stored."""
         body = await request.body(JSON, arrow.STREAM)
-        ids = None
+        ids, base64 = None, False
+        ref, size = requests.read_embeddings_query(request.query)
         if request.media_type == arrow.STREAM:
             table = arrow.read_table(body, self._limits, "/input")
-            ref, size, base64 = *requests.read_embeddings_query(request.query), False
             version = await self._models.get(ref)
             ids, table = arrow.without_ids(table, version.schema)
             encoding = await self._measured.encode_table(request, version, table, "/input")
         else:
             wanted = requests.read_embeddings(body, self._limits)
-            size, base64 = wanted.dimensions, wanted.base64
-            version = await self._models.get(wanted.model)
+            size, base64 = wanted.dimensions or size, wanted.base64
+            version = await self._models.get(wanted.model or ref)
             encoding = await self._measured.encode(request, version, wanted.items, "/input")
         vectors = encoding.vectors if size is None else _shortened(encoding.vectors, size, version)
         said: dict[str, Any] = {"model": version.ref, "fingerprint": version.fingerprint}
@@ -361,61 +361,6 @@ class Api:
             raise ItemNotFound(item_id, version.name)
         return Answer(b"", 204)
 
-    # Models and jobs
-
-    async def list_models(self, _: Request) -> Answer:
-        """The models of the registry: their versions, their aliases, and what is served."""
-        names = await self._models.in_thread(self._models.registry.names)
-        data = [await self._described(name) for name in names]
-        return Answer.json({"object": "list", "data": data})
-
-    async def get_model(self, request: Request) -> Answer:
-        """A model with the schema and the evaluation of the version that is served."""
-        name = requests.read_path_segment(request.params[0])
-        described = await self._described(name)
-        champion = self._models.serving.get(name)
-        described["item_schema"] = champion and champion.schema.json_schema()
-        described["evaluation"] = champion and champion.evaluation
-        return Answer.json(described)
-
-    async def get_version(self, request: Request) -> Answer:
-        """The manifest, the schema (as JSON Schema of an item) and the evaluation of a version."""
-        name, number = map(requests.read_path_segment, request.params)
-        return Answer.json(await self._models.in_thread(_read_version, self._models.registry, f"{name}@{number}"))
-
-    async def promote(self, request: Request) -> Answer:
-        """Encodes the stored items with a version, then switches to it: a job. Give the version before for a rollback.
-
-        If anything fails, what is served goes on. The previous version stays ready, so a rollback takes no time.
-        """
-        name = requests.read_path_segment(request.params[0])
-        return _started(await self._promotions.promote(name, requests.read_version(await request.body())))
-
-    async def backfill(self, request: Request) -> Answer:
-        """Encodes the stored items with a version beside the served one: a job. It can be searched by its name then.
-
-        Good for comparing a challenger before it serves, and a promotion of it has nothing left to do. From then on
-        writes cost an encoding more, until a promotion drops what is neither champion, previous nor challenger.
-        """
-        name = requests.read_path_segment(request.params[0])
-        return _started(await self._promotions.backfill(name, requests.read_version(await request.body())))
-
-    async def get_job(self, request: Request) -> Answer:
-        """How far a job is. It is kept for a day."""
-        job = await self._promotions.job(requests.read_path_segment(request.params[0]))
-        return Answer.json(job.shown())
-
-    async def list_runs(self, request: Request) -> Answer:
-        """What the last 50 retrainings came to, the newest first, with their steps and what the gate measured."""
-        name = request.query.get("model")
-        return Answer.json({"object": "list", "data": await self._models.in_thread(self._read_runs, name)})
-
-    async def get_run(self, request: Request) -> Answer:
-        """How far a retraining is, or what it came to and why."""
-        run_id = requests.read_path_segment(request.params[0])
-        run = await self._models.in_thread(Runs(self._models.registry).get, run_id)
-        return Answer.json(run.model_dump(mode="json"))
-
     # The service
 
     async def healthz(self, _: Request) -> Answer:
@@ -476,49 +421,6 @@ class Api:
         self._metrics.columns(version.ref, [one.columns for one in stored])
         return stored
 
-    def _read_runs(self, name: str | None) -> list[dict[str, Any]]:
-        registry, runs = self._models.registry, Runs(self._models.registry)
-        if name is not None:
-            _read_model(registry, name)
-        found = runs.newest() if name is None else runs.of(name, 50)
-        return [run.model_dump(mode="json") for run in found]
-
-    async def _described(self, name: str) -> dict[str, Any]:
-        """A model as the registry and the store know it."""
-        versions, aliases = await self._models.in_thread(_read_model, self._models.registry, name)
-        champion = self._models.serving.get(name)
-        items = index = None
-        with contextlib.suppress(StoreUnavailable):
-            items = await self._store.count(name)
-            if champion is not None:
-                index = (await self._store.indexes.status(name, champion.fingerprint)).mode
-        return {
-            "id": name,
-            "object": "model",
-            "created": int(champion.manifest.created.timestamp()) if champion else 0,
-            "owned_by": "itemvec",
-            "model": champion and champion.ref,
-            "fingerprint": champion and champion.fingerprint,
-            "dimensions": champion and [*champion.encoder.config.nested, champion.dim],
-            "filterable": champion and list(filterable(champion.schema)),
-            "versions": versions,
-            "aliases": aliases,
-            "items": items,
-            "index": index,
-        }
-
-
-def _read_model(registry: Registry, name: str) -> tuple[list[int], dict[str, int]]:
-    if name not in (names := registry.names()):  # a name from a path may hold anything
-        raise ModelNotFound(name, names)
-    return registry.versions(name), registry.aliases(name)
-
-
-def _started(job: Job) -> Answer:
-    answer = Answer.json({"job": job.shown()}, 202)
-    answer.headers.append((b"location", f"/v1/jobs/{job.id}".encode()))
-    return answer
-
 
 def _shortened(vectors: Vectors, size: int, version: ModelVersion) -> Vectors:
     """The first `size` numbers of each, brought to length 1."""
@@ -538,16 +440,3 @@ def _of(version: ModelVersion, answer: dict[str, Any], status: int = 200) -> Ans
 
 def _refused(item_id: str | None, error: ItemvecError, request: Request) -> dict[str, Any]:
     return {"id": item_id, "status": "refused", "problem": problem(error, request.id).body}
-
-
-def _read_version(registry: Registry, ref: str) -> dict[str, Any]:
-    """What there is to tell of a version, from its files: the network is not loaded for it."""
-    name, number = registry.resolve(ref)
-    manifest, folder = registry.manifest(name, number), registry.path(name, number)
-    return {
-        "model": f"{name}@{number}",
-        "fingerprint": manifest.fingerprint,
-        "manifest": manifest.model_dump(mode="json"),
-        "item_schema": FeatureSchema.load(folder / "schema.yaml").json_schema(),
-        "evaluation": orjson.loads((folder / "evaluation.json").read_bytes()),
-    }

@@ -23,18 +23,21 @@ from urllib.parse import parse_qsl, quote
 import orjson
 from pydantic import BaseModel
 
-from itemvec.errors import ItemvecError
+from itemvec.errors import FieldError, ItemvecError
 from service.metrics import Metrics
 from service.problems import (
+    MAX_ERRORS,
     BodyTooLarge,
     BodyTooSlow,
     Forbidden,
+    InvalidRequest,
     MalformedRequest,
     MethodNotAllowed,
     PathNotFound,
     TooManyRequests,
     Unauthorized,
     UnsupportedMediaType,
+    escaped,
     problem,
 )
 
@@ -102,8 +105,10 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
+        if not (sent := self._scope.get("query_string")):
+            return {}
         try:
-            return dict(parse_qsl(self._scope.get("query_string", b"").decode(), errors="strict"))
+            return dict(parse_qsl(sent.decode(), errors="strict"))
         except (UnicodeDecodeError, ValueError):
             raise MalformedRequest("the query string is not percent-encoded UTF-8") from None
 
@@ -317,6 +322,11 @@ class Edge:
         if operation.permission is None:
             return await operation.handler(request)
         self._keys.check(request.headers.get(b"authorization", b""), operation.permission)
+        # A misspelt `model` must not be answered by another one.
+        if unknown := request.query.keys() - operation.query.keys():
+            there = ", ".join(operation.query) or "none"
+            detail = f"is no parameter that the query string of this call can have; there is {there}"
+            raise InvalidRequest(FieldError(f"/{escaped(name)}", detail) for name in sorted(unknown)[:MAX_ERRORS])
         if self._in_flight >= self._max_in_flight:
             self._metrics.rejected("in_flight")
             raise TooManyRequests(self._max_in_flight)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from itemvec.errors import StoreUnavailable
 from service.conditions import AllOf, AnyOf, Between, NoneOf, TagIn, Test
-from service.index import Neighbor, NoIndex, Vectors
+from service.index import Neighbor, NoIndex, Vectors, rounded
 from service.keys import BUCKETS, Space, bucket_of, chunks
 from service.link import Command, Link
 from service.scripts import GONE_SECONDS
@@ -92,7 +92,7 @@ class Table:
         for place in best.tolist():
             key = self._ids[place if rows is None else rows[place]]
             if key not in exclude:
-                found.append(Neighbor(key.decode(), min(1.0, max(-1.0, float(scores[place])))))
+                found.append(Neighbor(key.decode(), rounded(float(scores[place]))))
         found.sort(key=lambda neighbor: (-neighbor.score, neighbor.id))
         return found[:k]
 

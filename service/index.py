@@ -39,6 +39,7 @@ them are guesses (recall@100 among a million films .989, with twice as many .999
 class Neighbor(NamedTuple):
     id: str
     score: float
+    """Cosine, as `rounded`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +136,14 @@ def read_neighbors(reply: Mapping[bytes, Any], start: int) -> list[Neighbor]:
         raise StoreUnavailable("the search was cut short: " + b"; ".join(warnings).decode())
     found = []
     for result in reply[b"results"]:
-        score = 1.0 - float(result[b"extra_attributes"][b"d"])
-        found.append(Neighbor(result[b"id"][start:].decode(), min(1.0, max(-1.0, score))))
+        found.append(Neighbor(result[b"id"][start:].decode(), rounded(1.0 - float(result[b"extra_attributes"][b"d"]))))
     found.sort(key=lambda neighbor: (-neighbor.score, neighbor.id))
     return found
+
+
+def rounded(cosine: float) -> float:
+    """To six places: what float32 has beyond them differs between the index modes, and means nothing."""
+    return round(min(1.0, max(-1.0, cosine)), 6) + 0.0  # no -0.0
 
 
 def checked_rows(what: str, matrix: NDArray[np.floating[Any]], count: int, dim: int) -> Vectors:

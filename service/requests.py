@@ -107,7 +107,7 @@ def read_embeddings(body: bytes, limits: Limits) -> EmbeddingsRequest:
 
 def read_embeddings_query(query: Mapping[str, str]) -> tuple[str | None, int | None]:
     """`model` and `dimensions` of a stream, whose body has no room for them."""
-    errors = unknown_fields(query, {"model", "dimensions"}, "")
+    errors: list[FieldError] = []
     dimensions = query.get("dimensions")
     if dimensions is not None and not (dimensions.isascii() and dimensions.isdigit() and 0 < len(dimensions) < 10):
         errors.append(expected("/dimensions", "a whole number from 1", dimensions))

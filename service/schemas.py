@@ -262,7 +262,7 @@ class SimilarRequest(SimilarQuery):
 
 class Neighbor(_Answer):
     id: ItemId
-    score: float = Field(ge=-1, le=1, description="Cosine of the two vectors: 1 is the same direction")
+    score: float = Field(ge=-1, le=1, description="Cosine of the two vectors, to six places: 1 is the same direction")
     contributions: Contributions | None = None
 
 

@@ -309,5 +309,7 @@ def _contributions(plan: _Plan, score: float, neighbor: Vector) -> dict[str, flo
     assert plan.without is not None  # noqa: S101 - as its caller has seen
     scores = plan.without @ neighbor
     missing = {name for name, status in plan.columns[0].items() if status == "missing"}
-    gained = {name: score - float(s) for name, s in zip(plan.explained, scores, strict=True) if name not in missing}
+    gained = {
+        name: round(score - float(s), 6) for name, s in zip(plan.explained, scores, strict=True) if name not in missing
+    }
     return dict(sorted(gained.items(), key=lambda one: -one[1]))
