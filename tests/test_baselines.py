@@ -55,7 +55,10 @@ def test_one_hot_cosines_are_those_of_the_centred_columns(blocks):
     everyone = np.arange(60)
     theirs = cosines(x - x.mean(0))
     assert LeaveOneOut(blocks, dim=2).without(None).one_hot.numpy() == pytest.approx(theirs, abs=1e-4)
-    assert centred_cosines(stacked(blocks), everyone)(everyone, everyone) == pytest.approx(theirs, abs=1e-4)
+    ours = centred_cosines(stacked(blocks), everyone)
+    assert ours(everyone, everyone) == pytest.approx(theirs, abs=1e-4)
+    sums = sp.random(3, len(x), density=0.5, format="csr", random_state=0)
+    assert ours(everyone, everyone[:7], sums) == pytest.approx(sums @ theirs[:, :7], abs=1e-4)
 
 
 def test_hashing_puts_each_label_at_one_place_with_a_sign():

@@ -5,7 +5,7 @@ import torch
 from films import SCHEMA, table
 
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
-from training.colditems import popularity_matched_auc, recall_and_ndcg
+from training.colditems import ColdItems, popularity_matched_auc, recall_and_ndcg
 from training.coldstart import cold_start
 from training.config import TrainConfig
 from training.data import Prepared
@@ -64,6 +64,18 @@ def test_users_are_asked_who_liked_5_training_items_and_one_that_was_held_out(un
     assert (found["users"], found["warm_items"], found["cold_items"]) == (2, 9, 3)
     # All three candidates are among the first 20.
     assert found["model"]["recall"] == found["chance"]["recall"] == 1.0
+
+
+def test_of_many_warm_items_those_count_that_a_part_of_the_users_liked(monkeypatch):
+    # Ten users who liked five warm items of their own each, and item 50, which is cold.
+    likes = np.zeros((10, 51), np.float32)
+    likes[np.repeat(range(10), 5), range(50)] = likes[:, 50] = 1
+    fold = np.append(np.full(50, TRAIN, np.int8), TEST)
+    assert ColdItems.of(sp.csr_matrix(likes), fold, TEST).profile.shape == (10, 50)
+    monkeypatch.setattr("training.colditems.WARM", 15)  # those of 10 and of 5 users are too many
+    task = ColdItems.of(sp.csr_matrix(likes), fold, TEST)
+    assert task.profile.shape == (3, 15) and task.profile.toarray() == pytest.approx(np.repeat(np.eye(3), 5, 1) / 5)
+    assert task.warm.tolist() == [*range(5), *range(20, 25), *range(40, 45)]
 
 
 def test_without_such_users_there_is_nothing_to_say(untrained):

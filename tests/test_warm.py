@@ -249,6 +249,9 @@ def test_only_training_rows_that_vectors_are_turned_by_are_encoded_unless_all_ar
     assert all_rows.rows.tolist() == list(range(240))
     for parent in (some, all_rows):
         np.testing.assert_allclose(parent.vectors.numpy(), every[parent.rows], atol=1e-6)
+        encoder, decoder = copy.deepcopy(version.encoder), copy.deepcopy(version.decoder)
+        align(encoder, decoder, dataclasses.replace(data, parent=parent))
+        np.testing.assert_allclose(encoder.encode(data.transform.transform_table(films)), every, atol=1e-4)
 
 
 def test_workers_open_what_the_driver_took_from_the_version(version, tmp_path):

@@ -9,9 +9,9 @@
 All but the first are of the embedding's own dim. All are compared by cosine, like the embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -131,13 +131,21 @@ def hashed_columns(blocks: Blocks, dim: int, seed: int = 0) -> dict[str, Floats]
 
 # --- fitted on some items, for others ---------------------------------------------------------------------------------
 
-Cosines = Callable[[Rows, Rows], Floats]
-"""Cosines (a, b) of the items at rows `a` and those at rows `b`."""
+
+class Cosines(Protocol):
+    def __call__(self, a: Rows, b: Rows, sums: sp.csr_matrix | None = None) -> Floats:
+        """Cosines (a, b) of the items at rows `a` and those at rows `b`; with `sums` (u, a) their product (u, b) with
+        it, for which they need not be known one by one."""
 
 
 def dense_cosines(vectors: Floats) -> Cosines:
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return lambda a, b: unit[a] @ unit[b].T
+
+    def cosines(a: Rows, b: Rows, sums: sp.csr_matrix | None = None) -> Floats:
+        out: Floats = (unit[a] if sums is None else sums @ unit[a]) @ unit[b].T
+        return out
+
+    return cosines
 
 
 def fitted(blocks: Blocks, rows: Rows, dim: int, seed: int = 0) -> Iterator[tuple[str, Cosines]]:
@@ -174,9 +182,11 @@ def centred_cosines(x: sp.csr_matrix, rows: Rows) -> Cosines:
     of_mean = float(mean @ mean)
     norm = np.sqrt(np.maximum(np.asarray(x.multiply(x).sum(1)).ravel() - 2 * with_mean + of_mean, 1e-12))
 
-    def cosines(a: Rows, b: Rows) -> Floats:
-        inner = (x[a] @ x[b].T).toarray() - with_mean[a, None] - with_mean[None, b] + of_mean
-        out: Floats = (inner / norm[a, None] / norm[None, b]).astype(np.float32)
+    def cosines(a: Rows, b: Rows, sums: sp.csr_matrix | None = None) -> Floats:
+        weights = sp.diags(1 / norm[a]) if sums is None else sums @ sp.diags(1 / norm[a])
+        all_weights = np.asarray(weights.sum(1)).ravel()
+        means = (weights @ with_mean[a])[:, None] + all_weights[:, None] * (with_mean[None, b] - of_mean)
+        out: Floats = ((((weights @ x[a]) @ x[b].T).toarray() - means) / norm[None, b]).astype(np.float32)
         return out
 
     return cosines

@@ -111,7 +111,8 @@ def _ray(**options: Any) -> Iterator[None]:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, namespace="itemvec")
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = "did not start" if options["address"] == "local" else f"is not at {options['address']!r}"
-        raise ConfigError(f"Ray {where}: {_one_line(error)}") from None
+        token = "" if "RAY_AUTH_MODE" in os.environ else "; if that cluster asks for a token, set RAY_AUTH_MODE=token"
+        raise ConfigError(f"Ray {where}: {_one_line(error)}{token}") from None
     try:
         yield
     finally:

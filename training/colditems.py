@@ -28,6 +28,10 @@ LEAST_WARM, LEAST_COLD = 5, 1
 USERS, CANDIDATES = 5_000, 5_000
 """Users that are asked, and cold items that are ranked, at most."""
 
+WARM = 50_000
+"""Warm items at most, where a table has more: those that users like who are asked, and so many users as like no more.
+All are encoded for it, in training after every epoch."""
+
 WINDOW = 10
 """Places in the order of popularity within which two items count as equally popular."""
 
@@ -65,15 +69,19 @@ class ColdItems:
         users = some(np.flatnonzero(known), USERS)
         if len(users) == 0:
             return None
+        if len(warm) > WARM:
+            while (asked := of_warm[users].getnnz(0) > 0).sum() > WARM and len(users) > 1:
+                users = users[::2]
+            warm, of_warm = warm[asked], of_warm[:, asked]
         profile = of_warm[users]
         profile = (sp.diags(1 / np.asarray(profile.sum(1)).ravel()).astype(np.float32) @ profile).tocsr()
         return cls(warm, cold, profile, of_cold[users].toarray() > 0, counts[cold])
 
-    def ranked(self, cosines: Callable[[Rows, Rows], Scores], at_once: int = 256) -> dict[str, float]:
-        """The figures, where `cosines` gives those between some of the items, counted warm ones first."""
+    def ranked(self, cosines: Callable[[Rows, Rows, sp.csr_matrix], Scores]) -> dict[str, float]:
+        """The figures, where `cosines` (`baselines.Cosines`) gives sums of those between some of the items, counted
+        warm ones first."""
         warm, cold = np.arange(len(self.warm)), np.arange(len(self.cold)) + len(self.warm)
-        parts = [self.profile @ cosines(warm, cold[i : i + at_once]) for i in range(0, len(cold), at_once)]
-        return self.figures(np.concatenate(parts, axis=1))
+        return self.figures(cosines(warm, cold, self.profile))
 
     def figures(self, scores: Scores) -> dict[str, float]:
         """(u, c)"""

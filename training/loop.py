@@ -240,7 +240,7 @@ class Trainer:
         if self.config.encoder.centre:  # the encoder's own mean is still that of damaged rows
             vectors = vectors - vectors[: len(self.cold.warm)].mean(0)
         unit = functional.normalize(vectors, dim=1).numpy()
-        figures = self.cold.ranked(lambda one, other: unit[one] @ unit[other].T)
+        figures = self.cold.ranked(lambda one, other, sums: (sums @ unit[one]) @ unit[other].T)
         return sum(figures.values()) / len(figures)
 
     def state(self) -> dict[str, Any]:

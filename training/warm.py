@@ -105,7 +105,7 @@ def align(encoder: ItemEncoder, decoder: Decoder, data: Prepared, at_once: int =
 
 
 def _aligned(data: Prepared) -> npt.NDArray[np.int64]:
-    return some(np.flatnonzero(data.fold == TRAIN), ALIGNED)
+    return np.ascontiguousarray(some(np.flatnonzero(data.fold == TRAIN), ALIGNED))
 
 
 def _vectors(parent: ModelVersion, readable: pa.Table, rows: npt.NDArray[np.int64], folder: Path | None) -> Tensor:
