@@ -3,10 +3,11 @@ results.json.
 
 Epochs: items a second of `itemvec train`'s loop on one Ray worker, which reads a memory-mapped table, against a bare
 PyTorch loop over the same tensors in memory: same network, losses, noise, optimizer and batch size, one thread each.
-Then two workers at the same global batch. Outside: the seconds of a whole run by phase. Growth: seconds of encoding and
-items a second of an epoch as rows, columns and labels double. Peer: seconds of training until what is read back is as
-good as at the best epoch of pytorch-tabular's denoising autoencoder, on the columns of the films that it can read. The
-table is examples/movies.parquet, repeated with fresh ids.
+Then two workers at the same global batch. Seconds: those of a whole run by phase. Growth: seconds of encoding and items
+a second of an epoch as rows, columns and labels grow. Embed: items a second of `itemvec embed-table` against a loop
+that only encodes. Peer: seconds of training until what is read back is as good as at the best epoch of
+pytorch-tabular's denoising autoencoder, on the columns of the films that it can read. The table is
+examples/movies.parquet, repeated with fresh ids.
 
 Large, only if `--only` names it: `itemvec train` of `--rows` made-up films, and the memory of all its processes; and
 again, from what the first run encoded.
@@ -31,15 +32,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
-from rich.console import Console
 
 from benchmarks._large import watched, write_films
 from itemvec.encoder import Decoder, ItemEncoder
 from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
+from itemvec.version import Lineage, ModelVersion
 from training import cluster
 from training.config import ClusterConfig, TrainConfig
 from training.data import TENSORS, EncodedTable, Prepared, corrupt
+from training.embed_table import BLOCK, embed_table
 from training.folds import TEST, TRAIN, fold_of
 from training.loop import Trainer
 from training.objectives import Given, Task
@@ -107,6 +109,7 @@ def on_ray(data_folder: Path, config: TrainConfig, workers: int) -> dict[str, An
 
 def epochs(rows: int, count: int, turns: int, folder: Path) -> dict[str, Any]:
     """Bare and on Ray take turns; medians over all epochs but each run's first."""
+    click.echo(f"epochs over {rows:,} films, items a second")
     schema, config = FeatureSchema.load(EXAMPLES / "movies.schema.yaml"), settings(count)
     rates: dict[str, list[float]] = {"bare": [], "one worker": [], "two workers": []}
     losses: dict[str, float] = {}
@@ -114,12 +117,15 @@ def epochs(rows: int, count: int, turns: int, folder: Path) -> dict[str, Any]:
         for turn in range(turns):
             place = folder / f"turn-{turn}"
             data = Prepared.make(films(rows), schema, config, place)
-            rates["bare"] += bare(data, config)[1:]
+            found = bare(data, config)
+            rates["bare"] += found[1:]
+            click.echo(f"  turn {turn + 1}, bare: {_listed(found)}")
             for workers, name in ((1, "one worker"), (2, "two workers")):
                 again = folder / f"turn-{turn}-{workers}"
                 Prepared.make(films(rows), schema, config, again)
                 made = on_ray(again, config, workers)
                 rates[name] += made["rates"][1:]
+                click.echo(f"  turn {turn + 1}, {name}: {_listed(made['rates'])}")
                 losses[name] = made["loss"]
     medians = {name: statistics.median(found) for name, found in rates.items()}
     return {"rows": rows, "items_per_second": medians, "share": medians["one worker"] / medians["bare"], "loss": losses}
@@ -133,7 +139,7 @@ def outside(rows: int, count: int, folder: Path) -> dict[str, float]:
         str(folder / "films.parquet"), schema, Registry(folder / "registry"), folder / "runs", settings(count),
         ClusterConfig(),
     )  # fmt: skip
-    with Display(Console(file=(folder / "log").open("w"))) as display:
+    with Display() as display:
         trained = train(job, display)
     publishing = time.perf_counter()
     trained.publish("champion")
@@ -143,10 +149,15 @@ def outside(rows: int, count: int, folder: Path) -> dict[str, float]:
 
 def growth(rows: int, folder: Path) -> list[dict[str, Any]]:
     """One epoch of the loop in this process, on made-up columns of labels."""
-    plain, found = {"rows": rows, "columns": 4, "labels": 1000}, []
-    for grown, factors in (("rows", (1, 2, 4)), ("columns", (1, 2, 4)), ("labels", (1, 4, 16))):
-        for factor in factors:
-            size = plain | {grown: plain[grown] * factor}
+    found = []
+    grow = {
+        "rows": [{"rows": rows * factor, "columns": 4, "labels": 1_000} for factor in (1, 4, 16)],
+        "columns": [{"rows": rows, "columns": columns, "labels": 1_000} for columns in (4, 8, 16, 32)],
+        "labels": [{"rows": rows * 4, "columns": 4, "labels": rows // 20 * factor} for factor in (1, 8, 64)],
+    }
+    click.echo("\ngrown      rows columns  labels   all labels  encode s   items/s")
+    for grown, sizes in grow.items():
+        for size in sizes:
             names = [f"c{c}" for c in range(size["columns"])]
             labels = np.random.default_rng(0).integers(size["labels"], size=(len(names), size["rows"])).astype(str)
             ids = [str(i) for i in range(size["rows"])]
@@ -154,11 +165,59 @@ def growth(rows: int, folder: Path) -> list[dict[str, Any]]:
             features = ", ".join(f"{name}: {{kind: nominal}}" for name in names)
             schema = FeatureSchema.from_yaml(f"name: grown\nid: id\nfeatures: {{{features}}}")
             config, began = settings(1), time.perf_counter()
-            data = Prepared.make(table, schema, config, folder / f"{grown}-{factor}")
-            encoded = time.perf_counter() - began
+            data = Prepared.make(table, schema, config, folder / f"{grown}-{size[grown]}")
+            encoded, learned = time.perf_counter() - began, data.layout.table_rows
             [metrics] = Trainer(data, config, CPU).epochs()
-            found.append({"grown": grown, **size, "encode": encoded, "items_per_second": metrics["items_per_second"]})
+            rate = metrics["items_per_second"]
+            found.append({"grown": grown, **size, "table_rows": learned, "encode": encoded, "items_per_second": rate})
+            click.echo(
+                f"{grown:8} {size['rows']:6} {size['columns']:7} {size['labels']:7} {learned:12,} {encoded:9.2f} "
+                f"{rate:9,.0f}"
+            )
     return found
+
+
+def embed(rows: int, folder: Path) -> dict[str, Any]:
+    """Items a second of the film model, one thread a process: encoding alone, and `itemvec embed-table`, which reads
+    and writes Parquet: by what all rows take longer than a third of them, so that the start of actors is told apart."""
+    third, table, registry = folder / "a-third.parquet", folder / "all.parquet", Registry(folder / "embed")
+    for path, count in ((third, rows // 3), (table, rows)):
+        write_films(pq.read_table(EXAMPLES / "movies.parquet"), count, path)
+    schema, config = FeatureSchema.load(EXAMPLES / "movies.schema.yaml"), settings(1)
+    data = Prepared.make(films(2_000), schema, config, folder / "embed-model")
+    trainer = Trainer(data, config, CPU)
+    list(trainer.epochs())
+    lineage = Lineage(table="films", table_sha256="", table_rows=2_000, train_rows=1_700, config={})
+
+    def write(place: Path, version: int) -> None:
+        networks = trainer.task.encoder.eval(), trainer.task.decoder.eval()
+        ModelVersion.make("films", version, data.transform, *networks, {}, lineage).save(place, [])
+
+    registry.publish("films", write, "champion")
+    model, read, rates = registry.load("films"), pq.read_table(third), dict[str, float]()
+    click.echo(f"\nembedding {rows:,} films, items a second")
+
+    def alone() -> None:
+        began = time.perf_counter()
+        for start in range(0, read.num_rows, BLOCK):
+            model.encode_arrow(read.slice(start, BLOCK))
+        rate = read.num_rows / (time.perf_counter() - began)
+        rates["encoding alone"] = max(rates.get("encoding alone", 0.0), rate)
+        click.echo(f"{'encoding alone':16} {rate:9,.0f}")
+
+    alone()
+    with cluster.connected(ClusterConfig()):
+        for workers in (1, 2):
+            some, every = (
+                embed_table(str(path), registry, "films", folder / f"{path.stem}-{workers}", workers, "auto")
+                for path in (third, table)
+            )
+            rate = (every.items - some.items) / (every.seconds - some.seconds)
+            start = some.seconds - some.items / rate
+            rates[f"{workers} actors"] = rate
+            click.echo(f"{f'{workers} actors':16} {rate:9,.0f}, and {start:.1f} s to start them")
+            alone()
+    return {"rows": rows, "items_per_second": rates}
 
 
 LABELS, NUMBERS = ("age_rating", "genres", "languages", "countries", "studios"), ("release_year", "runtime_minutes")
@@ -193,42 +252,58 @@ def read_back_loss(trainer: Trainer, items: torch.Tensor) -> float:
     return total / len(trainer.data.layout.bags)
 
 
+SWAPPED = 0.15
+"""The peer's share of numbers of an item that another item's take the place of. It counts each number of a one-hot
+column by itself: a label becomes another one with SWAPPED^2, is gone with SWAPPED (1 - SWAPPED), and as often there is
+another one beside it. Ours replaces whole labels. What stands beside another is taken for gone here, which is harder to
+read back."""
+
+
 def peer(python: str, count: int, folder: Path) -> dict[str, Any]:
-    """Seconds of training and loss after each epoch, of pytorch-tabular and of our loop: the same widths and noise, all
-    else at the defaults of each, but nothing that we learn besides reading back. Ours are twice as many epochs."""
+    """Seconds of training and loss after each epoch, of pytorch-tabular and of our loop: the same widths, batch size
+    and epochs, and noise that is no easier for us; all else at the defaults of each, but nothing that we learn besides
+    reading back."""
     table = plain_films()
     config = TrainConfig.load(
         None,
         {
-            "epochs": 2 * count, "patience": 2 * count, "contrast.weight": 0, "encoder.dropout": 0,
+            "epochs": count, "patience": count, "contrast.weight": 0, "encoder.dropout": 0,
             "encoder.decoder_hidden": [256],
-            "corruption": {"swap": 0.15, "mask": 0, "thin": 0, "unseen": 0, "whole": 0},
+            "corruption": {
+                "swap": SWAPPED**2, "mask": 2 * SWAPPED * (1 - SWAPPED), "thin": 0, "unseen": 0, "whole": 0,
+            },
         },
     )  # fmt: skip
     fold = fold_of(table.column("id").to_pylist(), config.test, config.validation)
     for name, which in (("train", TRAIN), ("held", TEST)):
         pq.write_table(table.drop_columns(["id"]).filter(pa.array(fold == which)), folder / f"{name}.parquet")
     program = Path(__file__).parent / "peers" / "tabular.py"
-    arguments = ["train.parquet", "held.parquet", str(count), "256-64"]
-    said = subprocess.run(
-        [python, "-W", "ignore", program, *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    theirs = [json.loads(line) for line in said.stdout.splitlines() if line.startswith('{"seconds"')]
+    arguments = ["train.parquet", "held.parquet", str(count), "256-64", str(SWAPPED)]
+    theirs, ours = list[dict[str, float]](), list[dict[str, float]]()
+    click.echo("\nread-back loss after seconds of training")
+    with subprocess.Popen(
+        [python, "-W", "ignore", program, *arguments], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=(folder / "peer.log").open("w"), text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout or ():
+            if line.startswith('{"seconds"'):
+                theirs.append(json.loads(line))
+                click.echo(
+                    f"  pytorch-tabular, epoch {len(theirs)}: {theirs[-1]['loss']:.3f} {theirs[-1]['seconds']:.1f} s"
+                )
+    if process.returncode:
+        raise click.ClickException(f"{program} failed: {(folder / 'peer.log').read_text()[-2000:]}")
 
     kinds = {**dict.fromkeys(LABELS, "nominal"), **dict.fromkeys(NUMBERS, "numeric")}
     features = ", ".join(f"{name}: {{kind: {kind}}}" for name, kind in kinds.items())
     schema = FeatureSchema.from_yaml(f"name: films\nid: id\nfeatures: {{{features}}}")
     began = time.perf_counter()
     trainer = Trainer(Prepared.make(table, schema, config, folder / "peer"), config, CPU)
-    started, seconds, ours = time.perf_counter() - began, 0.0, []
+    started, seconds = time.perf_counter() - began, 0.0
     for metrics in trainer.epochs():
         seconds += metrics["seconds"]
         ours.append({"seconds": seconds, "loss": read_back_loss(trainer, trainer.data.items(TEST))})
+        click.echo(f"  itemvec, epoch {len(ours)}: {ours[-1]['loss']:.3f} {seconds:.1f} s")
     aim = min(epoch["loss"] for epoch in theirs)
     reached = {
         name: next((epoch["seconds"] for epoch in epochs if epoch["loss"] <= aim), None)
@@ -249,7 +324,11 @@ def large(rows: int, folder: Path) -> dict[str, Any]:
     return {"rows": rows, "first": first, "second": watched([*command, "--seed", "1"], folder / "large.log")}
 
 
-SECTIONS = ("epochs", "seconds", "growth", "peer", "large")
+def _listed(rates: list[float]) -> str:
+    return ", ".join(f"{rate:,.0f}" for rate in rates)
+
+
+SECTIONS = ("epochs", "seconds", "growth", "embed", "peer", "large")
 
 
 @click.command()
@@ -260,7 +339,7 @@ SECTIONS = ("epochs", "seconds", "growth", "peer", "large")
 @click.option("--peer-python", help="The interpreter of an environment with benchmarks/requirements.txt, for `peer`.")
 def main(out: Path, quick: bool, only: str | None, rows: int, peer_python: str | None) -> None:
     torch.set_num_threads(1)
-    of_epoch, count, turns = (2_000, 3, 1) if quick else (50_000, 4, 3)
+    of_epoch, count, turns = (2_000, 3, 1) if quick else (20_000, 4, 2)
     wanted = only.split(",") if only else [name for name in SECTIONS[:-1] if name != "peer" or peer_python]
     results: dict[str, Any] = {
         "machine": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(),
@@ -276,7 +355,9 @@ def main(out: Path, quick: bool, only: str | None, rows: int, peer_python: str |
             told = "\n".join(f"{phase:12} {taken:8.1f}" for phase, taken in results["seconds"].items())
             click.echo(f"\na whole run over {of_epoch:,} films, seconds\n{told}")
         if "growth" in wanted:
-            results["growth"] = show_growth(growth(of_epoch // 5, place))
+            results["growth"] = growth(of_epoch, place)
+        if "embed" in wanted:
+            results["embed"] = embed(30 * of_epoch if not quick else 200_000, place)
         if "peer" in wanted:
             if peer_python is None:
                 raise click.UsageError("peer needs --peer-python")
@@ -288,21 +369,10 @@ def main(out: Path, quick: bool, only: str | None, rows: int, peer_python: str |
 
 
 def show_epochs(made: dict[str, Any]) -> dict[str, Any]:
-    click.echo(f"epochs over {made['rows']:,} films, items a second")
     for name, rate in made["items_per_second"].items():
         click.echo(f"{name:12} {rate:9,.0f} {rate / made['items_per_second']['bare']:6.0%}")
     click.echo(f"loss: {', '.join(f'{name} {loss:.4f}' for name, loss in made['loss'].items())}")
     return made
-
-
-def show_growth(grown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    click.echo("\ngrown      rows columns labels  encode s   items/s")
-    for row in grown:
-        click.echo(
-            f"{row['grown']:8} {row['rows']:6} {row['columns']:7} {row['labels']:6} {row['encode']:9.2f} "
-            f"{row['items_per_second']:9,.0f}"
-        )
-    return grown
 
 
 def show_peer(made: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""pytorch-tabular's denoising autoencoder, trained as its documentation does: TRAIN.parquet HELD.parquet EPOCHS WIDTHS.
+"""pytorch-tabular's denoising autoencoder, trained as its documentation does: TRAIN.parquet HELD.parquet EPOCHS
+WIDTHS NOISE.
 
 Prints a line of JSON after each epoch: seconds of training so far, and over the held-out rows, undamaged, the mean over
 the columns of labels of the cross-entropy of what is read back.
@@ -43,7 +44,7 @@ class Measure(Callback):  # type: ignore[misc]
         print(json.dumps({"seconds": self.seconds, "loss": float(sums) / rows}), flush=True)
 
 
-def main(train: str, held: str, epochs: int, widths: str) -> None:
+def main(train: str, held: str, epochs: int, widths: str, noise: float) -> None:
     torch.set_num_threads(1)
     frames = [pd.read_parquet(path) for path in (train, held)]
     labels = [name for name in frames[0].columns if frames[0][name].dtype == object]
@@ -54,7 +55,7 @@ def main(train: str, held: str, epochs: int, widths: str) -> None:
         model_config=DenoisingAutoEncoderConfig(
             encoder_config=CategoryEmbeddingModelConfig(task="backbone", layers=f"{encoder}-{dim}"),
             decoder_config=CategoryEmbeddingModelConfig(task="backbone", layers=encoder),
-            default_noise_probability=0.15, max_onehot_cardinality=1_000_000,
+            default_noise_probability=noise, max_onehot_cardinality=1_000_000,
         ),
         optimizer_config=OptimizerConfig(),
         trainer_config=TrainerConfig(
@@ -67,4 +68,4 @@ def main(train: str, held: str, epochs: int, widths: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
