@@ -215,7 +215,7 @@ def test_two_workers_train_as_well_as_one_at_every_objective(ray_cluster, tmp_pa
     encoder, decoder = (first.best[name] for name in ("encoder", "decoder"))
     with torch.no_grad():
         vectors = first.task.encoder.eval()(*data.table.clean(torch.arange(data.table.n)))
-    data = data.with_parent(Parent(1, vectors, torch.eye(8), encoder, decoder), tmp_path)
+    data = data.with_parent(Parent(1, torch.arange(len(vectors)), vectors, torch.eye(8), encoder, decoder), tmp_path)
     with cluster.connected(ClusterConfig()):
         two = cluster.fit(tmp_path, config, ClusterConfig(workers=2))
     bare = Trainer(data, config, CPU)
@@ -257,3 +257,12 @@ def test_gpus_are_taken_where_there_is_one_for_each_worker():
     assert "GPU" not in cluster.resources_per_worker(ClusterConfig(workers=2, device="cpu"), nodes)
     with pytest.raises(ConfigError, match="2 GPU"):
         cluster.resources_per_worker(ClusterConfig(workers=3, device="gpu"), nodes)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"Ray is not at '{address}': Connection refused"):
+        cluster.require_reachable(address)
+    assert time.monotonic() - began < 5
+    cluster.require_reachable("auto")  # for Ray to find

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -32,6 +33,7 @@ OBJECT_STORE_BYTES = 80 << 20
 PREFIX = "itemvec-train-"
 ABANDONED_SECONDS = 60.0
 POLL_SECONDS = 0.1
+REACH_SECONDS = 10.0
 ROUNDING = 1e-6
 COLLECTIVE_SECONDS = 120
 ENVIRONMENT = {
@@ -57,8 +59,19 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
             with own_cluster():
                 yield
         else:
+            require_reachable(cluster.address)
             with _ray(address=cluster.address):
                 yield
+
+
+def require_reachable(address: str) -> None:
+    """Raises ConfigError where nobody listens at `host:port`: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.rpartition("/")[2].strip("[]"), int(port)), REACH_SECONDS).close()
+        except OSError as error:
+            raise ConfigError(f"Ray is not at {address!r}: {error.strerror or error}") from None
 
 
 @contextmanager
