@@ -7,8 +7,9 @@ from itemvec.errors import StoreUnavailable
 
 
 class Breaker:
-    """Opens after `failures` in a row. Then one call each `pause` seconds tries again (half open), the rest fail
-    at once.
+    """Opens after `failures` in a row. Then one call tries again after `pause` seconds (half open), and after twice as
+    many each time up to `longest`; the rest fail at once. So a Redis that stood still for a moment is not given up for
+    long.
 
     `changed(is_open)` is called when it opens and when it closes again.
     """
@@ -16,11 +17,14 @@ class Breaker:
     def __init__(
         self,
         failures: int = 5,
-        pause: float = 1.0,
+        pause: float = 0.1,
+        longest: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         changed: Callable[[bool], None] | None = None,
     ) -> None:
-        self._limit, self._pause, self._clock = failures, pause, clock
+        self._limit, self._clock = failures, clock
+        self._first = self._pause = pause
+        self._longest = longest
         self._changed = changed
         self._failures = 0
         self._next_try = 0.0
@@ -32,6 +36,7 @@ class Breaker:
         wait = self._next_try - self._clock()
         if wait > 0:
             raise StoreUnavailable(f"Redis failed {self._failures} times in a row", retry_after=wait)
+        self._pause = min(self._longest, 2 * self._pause)
         self._next_try = self._clock() + self._pause  # this call is the one that tries
 
     @property
@@ -39,7 +44,7 @@ class Breaker:
         return self._failures >= self._limit
 
     def success(self) -> None:
-        was_open, self._failures = self.is_open, 0
+        was_open, self._failures, self._pause = self.is_open, 0, self._first
         if was_open and self._changed is not None:
             self._changed(False)
 

@@ -5,6 +5,7 @@ Which of the two it is, is asked of the server at the first call, so a URL of an
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from itemvec.errors import ConfigError, ItemvecError, StoreUnavailable
 from service.breaker import Breaker
+from service.turns import Turns
 
 T = TypeVar("T")
 Command = Sequence[Any]
@@ -51,8 +53,7 @@ class Link:
         self.address = without_secrets(url)
         self.breaker = Breaker(changed=changed)
         self._url = url
-        self._connections = connections
-        self._slots = asyncio.Semaphore(connections)
+        self._turns = Turns(connections, slow=timeout / 2)
         self._connecting = asyncio.Lock()
         self._client: Redis | None = None
         self._cluster: RedisCluster | None = None
@@ -177,17 +178,19 @@ class Link:
             return client
 
     async def _run(self, call: Callable[[], Awaitable[T]]) -> T:
-        # Waiting for a connection is not the server's time: many calls at once are no reason to think it dead. If it
+        # Waiting for a turn is not the server's time: many calls at once are no reason to think it dead. If it
         # is, those before us find out, the breaker opens, and nobody waits any longer.
-        if self._slots.locked():
+        if self._turns.all_taken():
             try:
-                await _within(max(1.0, self.timeout), self._slots.acquire)
+                await _within(max(1.0, self.timeout), self._turns.take)
             except TimeoutError:
-                raise StoreUnavailable(f"all {self._connections} connections to Redis are busy") from None
+                raise StoreUnavailable(f"Redis at {self.address} has more to do than it can") from None
         else:
-            await self._slots.acquire()  # there is one: this does not wait
+            await self._turns.take()
+        began: float | None = None
         try:
             self.breaker.enter()
+            began = time.monotonic()
             result = await _within(self.timeout, lambda: _once_more(call))
         except (errors.ConnectionError, errors.TimeoutError, errors.RedisClusterException, OSError) as error:
             self.breaker.failure()
@@ -198,7 +201,7 @@ class Link:
                 raise reason from error
             raise
         finally:
-            self._slots.release()
+            self._turns.give_back(None if began is None else time.monotonic() - began)
         self.breaker.success()
         return result
 

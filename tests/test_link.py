@@ -101,10 +101,10 @@ async def test_calls_whose_connection_is_lost_are_sent_again(empty_redis: str, r
         await go_live(store)
         await store.put("movies", ["tt1"], [b"{}"], {"aa": rows((1, 0))})
         raw_redis.client_pause(50)
-        calls = [asyncio.create_task(store.get("movies", "tt1")) for _ in range(10)]
+        calls = [asyncio.create_task(store.get("movies", "tt1")) for _ in range(5)]
         await asyncio.sleep(0.02)
-        assert raw_redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") >= 10
-        assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 10
+        assert raw_redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") >= 5
+        assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 5
 
 
 async def test_many_calls_at_once_wait_for_each_other(store: Store) -> None:
