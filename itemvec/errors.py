@@ -19,10 +19,23 @@ A message names the thing, its value, and the way out. None of them knows of HTT
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class ItemvecError(Exception):
     """The root of the tree; the command line prints it as one line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By itself an exception is made anew of its message, which is not what most of these are made of; and one that
+        # cannot come back from another process breaks that process's pool.
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[ItemvecError], args: tuple[Any, ...], state: dict[str, Any]) -> ItemvecError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(state)
+    return error
 
 
 class ConfigError(ItemvecError):

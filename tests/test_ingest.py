@@ -16,7 +16,7 @@ from training import ingest
 from training.config import ContrastConfig, TrainConfig
 from training.data import TENSORS, EncodedTable, Prepared
 from training.folds import TRAIN, fold_of
-from training.ingest import Items, encoded_at, forget, opened, taken, written_whole
+from training.ingest import Items, encode, encoded_at, forget, opened, taken, written_whole
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def items(tmp_path: Path) -> Items:
     return Items.read(str(tmp_path / "films.parquet"), SCHEMA, (), tmp_path / "runs")
 
 
-def prepared(items: Items, folder: Path, **settings) -> Prepared:
-    return Prepared.make(items.table, SCHEMA, TrainConfig(**settings), folder, "films", items.copy)
+def prepared(items: Items, folder: Path, spread: bool = False, **settings) -> Prepared:
+    return Prepared.make(items.table, SCHEMA, TrainConfig(**settings), folder, "films", items.copy, spread)
 
 
 def at_once(films: pa.Table) -> tuple[FeatureTransform, EncodedTable]:
@@ -41,15 +41,25 @@ def same(one: EncodedTable, other: EncodedTable) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_table_in_pieces_gives_the_very_bits_of_the_table_at_once(items, tmp_path, monkeypatch, alone):
+@pytest.mark.parametrize(
+    "by", ["this process", *(pytest.param(others, marks=pytest.mark.slow) for others in ("processes", "a cluster"))]
+)
+def test_a_table_in_pieces_gives_the_very_bits_of_the_table_at_once(items, tmp_path, monkeypatch, request, by):
     monkeypatch.setattr(ingest, "BLOCK", 130)  # 600 rows: four blocks and a rest
-    if not alone:
-        monkeypatch.setattr(ingest, "ALONE", 0)  # other processes
-    data = prepared(items, tmp_path / "run")
+    if by != "this process":
+        monkeypatch.setattr(ingest, "ALONE", 0)
+    if by == "a cluster":
+        request.getfixturevalue("ray_cluster")
+    data = prepared(items, tmp_path / "run", spread=by == "a cluster")
     transform, encoded = at_once(table(600))
     assert data.transform.digest() == transform.digest()
     assert same(data.table, encoded)
+    lacking = items.table.drop_columns(["genres"])
+    with written_whole(tmp_path / "lacking.arrow") as path, pa.ipc.new_file(path, lacking.schema) as writer:
+        writer.write_table(lacking)
+    place = encoded_at(items.copy, SCHEMA, 0.1, 0.05)
+    with pytest.raises(SchemaMismatch, match="genres"):  # whoever finds it
+        list(encode(lacking, data.transform, place, tmp_path / "lacking.arrow", by == "a cluster"))
 
 
 def test_the_copy_has_the_rows_of_the_table(items):

@@ -411,16 +411,16 @@ class Prepared:
     @classmethod
     def make(
         cls, table: pa.Table, schema: FeatureSchema, config: TrainConfig, folder: Path, source: str = "the table",
-        copy: Path | None = None,
+        copy: Path | None = None, spread: bool = False,
     ) -> "Prepared":  # fmt: skip
         """Where `table` is mapped from `copy`, what is encoded of it lies beside that file, and is used again where an
-        earlier run with the same schema and folds did it. Raises SchemaMismatch where the table does not fit the
-        schema, TableError where it has too few rows."""
+        earlier run with the same schema and folds did it. `spread` is as in `ingest.fit`. Raises SchemaMismatch where
+        the table does not fit the schema, TableError where it has too few rows."""
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / "items" if copy is None else encoded_at(copy, schema, config.test, config.validation)
         if not place.exists():
             with written_whole(place) as part:
-                cls._encode(table, schema, config, part, source, copy)
+                cls._encode(table, schema, config, part, source, copy, spread)
         (folder / ENCODED).write_text(os.path.relpath(place, folder))
         fold = np.load(place / "fold.npy")
         targets.save(targets.fit(table, schema, config.predict, np.flatnonzero(fold == TRAIN)), folder / "targets")
@@ -428,10 +428,11 @@ class Prepared:
 
     @staticmethod
     def _encode(
-        table: pa.Table, schema: FeatureSchema, config: TrainConfig, folder: Path, source: str, copy: Path | None
-    ) -> None:
-        transform, fold = fit(table, schema, config.test, config.validation, folder, source, copy)
-        EncodedTable.write(folder / "table", encode(table, transform, folder, copy), transform.layout)
+        table: pa.Table, schema: FeatureSchema, config: TrainConfig, folder: Path, source: str, copy: Path | None,
+        spread: bool,
+    ) -> None:  # fmt: skip
+        transform, fold = fit(table, schema, config.test, config.validation, folder, source, copy, spread)
+        EncodedTable.write(folder / "table", encode(table, transform, folder, copy, spread), transform.layout)
         train = torch.from_numpy(np.flatnonzero(fold == TRAIN))
         Marginals.of(EncodedTable.open(folder / "table"), train, transform.layout).save(folder / "marginals.npz")
 

@@ -4,8 +4,9 @@ block. What is in memory at a time is a column or a block, so the table may be l
     runs/tables/DIGEST/COLUMNS.arrow   the columns that are learned from, memory-mapped
     runs/tables/DIGEST/KEY/            what is fitted and encoded of them, for every run with this schema and folds
 
-Large tables are fitted and encoded by as many processes as there are cores. What each of them does is a function of
-paths, so that it reads its own column or block, and its memory is free when it is done.
+Large tables are fitted and encoded by as many processes as there are cores, or by tasks on all machines of a Ray
+cluster. What each of them does is a function of paths, so that it reads its own column or block, and its memory is free
+when it is done.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -137,10 +138,11 @@ def fold_rows(table: pa.Table, id_column: str, test: float, validation: float) -
 
 def fit(
     table: pa.Table, schema: FeatureSchema, test: float, validation: float, folder: Path, source: str,
-    copy: Path | None = None,
+    copy: Path | None = None, spread: bool = False,
 ) -> tuple[FeatureTransform, npt.NDArray[np.int8]]:  # fmt: skip
     """Checks the table and fits the transform on its training rows, exactly as `FeatureTransform.fit` would; both are
-    saved in `folder`. Also (n,) the fold of each row. `copy` is the file that `table` is mapped from, if it is.
+    saved in `folder`. Also (n,) the fold of each row. `copy` is the file that `table` is mapped from, if it is, and
+    `spread` whether the machines of the Ray cluster share the work, which this process is connected to.
 
     Raises SchemaMismatch where the table does not fit the schema, TableError where it has too few rows to train on.
     """
@@ -153,8 +155,8 @@ def fit(
     if copy is None or table.num_rows <= ALONE:
         found = [_fitted(table, feature, fold) for feature in schema.features]
     else:
-        with processes() as pool:
-            found = list(ahead(pool, _fitted_there, [(copy, folder, f.name) for f in schema.features]))
+        there = copy.resolve(), folder.resolve()
+        found = list(ahead(_fitted_there, [(*there, f.name) for f in schema.features], spread))
     errors += [error for column in found for error in column.errors]
     if errors:
         raise SchemaMismatch(source, errors)
@@ -170,16 +172,21 @@ def fit(
 
 
 def encode(
-    table: pa.Table, transform: FeatureTransform, folder: Path | None = None, copy: Path | None = None
+    table: pa.Table,
+    transform: FeatureTransform,
+    folder: Path | None = None,
+    copy: Path | None = None,
+    spread: bool = False,
 ) -> Iterator[Batch]:
     """The table's rows as numbers, block by block. By several processes where `fit` saved the transform in `folder` and
-    `copy` is the file that `table` is mapped from. Raises SchemaMismatch (a value of the wrong type)."""
+    `copy` is the file that `table` is mapped from; `spread` as there. Raises SchemaMismatch (a value of the wrong
+    type)."""
     starts = range(0, table.num_rows, BLOCK)
     if folder is None or copy is None or table.num_rows <= ALONE:
         yield from (_encoded(table, transform, start, BLOCK) for start in starts)
         return
-    with processes() as pool:
-        yield from ahead(pool, _encoded_there, [(copy, folder, start, BLOCK) for start in starts])
+    there = copy.resolve(), folder.resolve()
+    yield from ahead(_encoded_there, [(*there, start, BLOCK) for start in starts], spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,30 +230,48 @@ def _encoded_there(copy: Path, folder: Path, start: int, rows: int) -> Batch:
     return _encoded(opened(copy), _transforms[folder], start, rows)
 
 
-Given = TypeVar("Given", bound=tuple[Any, ...])
 Made = TypeVar("Made")
 
 
+Submit = Callable[..., "Future[Any]"]
+
+
 @contextmanager
-def processes(count: int | None = None) -> Iterator[Executor]:
-    """Of this machine; as many as it has cores, if not said otherwise."""
+def workers(spread: bool) -> Iterator[tuple[Submit, int]]:
+    """What hands work out, and how many do it at once: processes of this machine, one a core, or tasks of the Ray
+    cluster. What a lost machine of the cluster had is done again elsewhere."""
+    if spread:
+        import ray  # noqa: PLC0415 - takes seconds
+
+        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        yield lambda function, *given: ray.remote(function).remote(*given).future(), max(cores, 1)
+        return
+    cores = os.cpu_count() or 1
     # Spawned, since a fork of a process with threads (Arrow, torch, Ray) may hang.
-    with ProcessPoolExecutor(count or os.cpu_count() or 1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         try:
-            yield pool
+            yield pool.submit, cores
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def ahead(pool: Executor, function: Callable[..., Made], given: Sequence[Given]) -> Iterator[Made]:
-    """In order; at most a few results wait to be taken, since each may be large."""
-    waiting: deque[Future[Made]] = deque()
-    for arguments in given:
-        waiting.append(pool.submit(function, *arguments))
-        if len(waiting) > 2 * (os.cpu_count() or 1):
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def ahead(function: Callable[..., Made], given: Sequence[tuple[Any, ...]], spread: bool) -> Iterator[Made]:
+    """By `workers`, in order; at most a few results wait to be taken, since each may be large."""
+    with workers(spread) as (submit, cores):
+        waiting: deque[Future[Made]] = deque()
+        for arguments in given:
+            waiting.append(submit(function, *arguments))
+            if len(waiting) > 2 * cores:
+                yield _made(waiting.popleft())
+        while waiting:
+            yield _made(waiting.popleft())
+
+
+def _made(future: "Future[Made]") -> Made:
+    try:
+        return future.result()
+    except Exception as error:
+        raise getattr(error, "cause", error) from None  # Ray wraps what its tasks raise
 
 
 def _write(path: Path, rows: Iterator[pa.RecordBatch]) -> None:

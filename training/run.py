@@ -34,7 +34,7 @@ from training.data import Prepared
 from training.evaluate import assess, parent_of, write_report
 from training.exhibits import Exhibits
 from training.folds import TRAIN, some
-from training.ingest import Items, forget, taken
+from training.ingest import ALONE, Items, forget, taken
 from training.interactions import Interactions
 from training.judged import judged, measured_rows
 from training.objectives import Predict, chosen
@@ -271,7 +271,9 @@ def prepared(job: Job, items: Items, folder: Path, display: Display, parent: Mod
         display.say("encode", "taking up an earlier run that did not end")
         return Prepared.open(folder)
     display.say("encode", f"encoding {table.num_rows:,} items, {_counted(len(job.schema.features), 'column')}")
-    data = Prepared.make(table, job.schema, job.config, folder, job.table, items.copy)
+    spread = job.cluster.address is not None and table.num_rows > ALONE
+    with ray_cluster.connected(job.cluster) if spread else contextlib.nullcontext():
+        data = Prepared.make(table, job.schema, job.config, folder, job.table, items.copy, spread)
     if job.interactions:
         display.say("likes", f"reading {job.interactions}, and how much each column says about them")
         ids = table.column(job.schema.id)
