@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks._inner import without_judged
 from itemvec.features import FIRST, MISSING, BagSlot
 from itemvec.schema import FeatureSchema
 from training.baselines import Recalled
@@ -37,9 +38,9 @@ SCHEMA = FeatureSchema.from_yaml(
       contributor_count: {kind: nominal, dtype: integer}
       group_type: {kind: nominal}
       movements: {kind: multi, max_labels: 100}
-      subjects_l1: {kind: multi, weight: 2}
-      subjects_l2: {kind: multi, max_labels: 100, weight: 6}
-      subjects_l3: {kind: multi, max_labels: 100, weight: 6}
+      subjects_l1: {kind: multi}
+      subjects_l2: {kind: multi, max_labels: 100}
+      subjects_l3: {kind: multi, max_labels: 100}
       artist_birth_year: {kind: numeric}
       year_start: {kind: numeric}
       acquisition_year: {kind: numeric}
@@ -47,8 +48,6 @@ SCHEMA = FeatureSchema.from_yaml(
       width_mm: {kind: numeric, scale: log}
     """
 )
-"""The weights follow how much there is to know: the loss of a column is measured against that of its best constant, and
-of one that sets of five among a hundred labels say more than a yes or no does."""
 
 Floats = npt.NDArray[np.float32]
 Scores = Mapping[str, Floats]
@@ -57,8 +56,16 @@ Scores = Mapping[str, Floats]
 Figures = dict[str, float]
 
 
-def read(data: Path) -> pa.Table:
-    return pq.read_table(data / "tate_artworks.parquet", columns=["item_id", *(f.name for f in SCHEMA.features)])
+def schema(weights: Mapping[str, float]) -> FeatureSchema:
+    """`weights` of columns that count otherwise than 1."""
+    weighted = (f.model_copy(update={"weight": weights.get(f.name, 1.0)}) for f in SCHEMA.features)
+    return SCHEMA.model_copy(update={"features": tuple(weighted)})
+
+
+def read(data: Path, inner: bool = False) -> pa.Table:
+    """All artworks; or with `inner` those that are not held out, a fifth of which is held out instead."""
+    table = pq.read_table(data / "tate_artworks.parquet", columns=["item_id", *(f.name for f in SCHEMA.features)])
+    return without_judged(table, "item_id", HELD_OUT) if inner else table
 
 
 def figures(scores: Scores, truth: Mapping[str, Floats], kinds: Mapping[str, str]) -> Figures:

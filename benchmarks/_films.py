@@ -22,6 +22,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import nn
 from torch.nn import functional
 
+from benchmarks._inner import without_judged
 from itemvec.plain import PlainEncoding
 from itemvec.schema import FeatureSchema
 from training.baselines import Cosines, dense_cosines, fitted, stacked, total_variance
@@ -83,10 +84,13 @@ class Films:
     """(n,)"""
 
     @classmethod
-    def read(cls, data: Path) -> "Films":
+    def read(cls, data: Path, inner: bool = False) -> "Films":
+        """All films; or with `inner` the warm ones alone, a fifth of which is cold instead."""
         table = pq.read_table(data / "movies.parquet", columns=["id", *(f.name for f in schema().features), "title"])
+        if inner:
+            table = without_judged(table, "id", COLD)
         ids = [str(i) for i in table.column("id").to_pylist()]
-        ratings = pq.read_table(data / "movie_ratings.parquet")
+        ratings = all_ratings(data, inner)
         place = {item: row for row, item in enumerate(ids)}
         items = np.array([place[i] for i in ratings.column("item_id").to_pylist()])
         users = np.asarray(ratings.column("user_id").combine_chunks().dictionary_encode().indices)
@@ -99,9 +103,15 @@ class Films:
         return cls(table, ids, likes, rated, fold_of(ids, COLD, 0.0) == TEST)
 
 
-def warm_ratings(data: Path) -> pa.Table:
-    """The ratings that may be learned from."""
+def all_ratings(data: Path, inner: bool) -> pa.Table:
+    """Of the films that `Films.read` gives."""
     ratings = pq.read_table(data / "movie_ratings.parquet")
+    return without_judged(ratings, "item_id", COLD) if inner else ratings
+
+
+def warm_ratings(data: Path, inner: bool = False) -> pa.Table:
+    """The ratings that may be learned from."""
+    ratings = all_ratings(data, inner)
     cold = fold_of(ratings.column("item_id").to_pylist(), COLD, 0.0) == TEST
     return ratings.filter(pa.array(~cold))
 

@@ -5,6 +5,8 @@ cold start      films that nobody rated yet, recommended by what users liked; wa
 attribute       genres are held out of the columns, and there are no ratings: do the vectors know them?
 reconstruction  what can be read back of artworks from 16 and 32 numbers
 
+With `--inner` the settings of candidates.yaml are compared instead, without the rows that are judged.
+
 DATA holds movies.parquet, movie_ratings.parquet and tate_artworks.parquet. Models are trained by the Trainer that a Ray
 worker runs, but in this process: Ray would add 15 s to each and change nothing of what is learned. One thread.
 """
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -25,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 
 from benchmarks import _artworks, _films
 from itemvec.schema import FeatureSchema
@@ -38,37 +41,65 @@ from training.loop import Trainer
 from training.run import best_of, settle
 from training.start import gains_from
 
-OURS = "itemvec"
+OURS, DEFAULTS = "itemvec", "itemvec, defaults"
+
+LIKES = {"test": _films.COLD, "interactions.weight": "rating", "interactions.least": _films.LIKED}
 
 COLD_START = {
-    "test": _films.COLD,
-    "contrast.weight": 0.1,
-    "contrast.temperature": 0.2,
-    "co_engage.popularity_correction": 0.75,
-    "interactions.weight": "rating",
-    "interactions.least": _films.LIKED,
-    "optimizer.learning_rate": 0.001,
-    "optimizer.table_learning_rate": 0.001,
-    "epochs": 4,
+    OURS: {
+        **LIKES,
+        "contrast.weight": 0.1,
+        "contrast.temperature": 0.2,
+        "co_engage.popularity_correction": 0.75,
+        "optimizer.learning_rate": 0.001,
+        "optimizer.table_learning_rate": 0.001,
+        "epochs": 4,
+    },
+    DEFAULTS: LIKES,
 }
-"""Rates, epochs and correction were compared on warm films, a fifth of which was held out for it. Likes are few, 13
-ratings a film: steps are short, above all those of the table of labels, or it learns by heart which actor was in a film
-that was liked."""
+"""Compared on warm films (`--inner`). Likes are few, 13 ratings a film: steps are short, above all those of the table
+of labels, or it learns by heart which actor was in a film that was liked."""
 
-ATTRIBUTE = {"test": 0.0}
+ATTRIBUTE = {DEFAULTS: {"test": 0.0}}
 
 RECONSTRUCTION = {
-    "test": _artworks.HELD_OUT,
-    "validation": 0.02,
-    "encoder.hidden": [512],
-    "encoder.decoder_hidden": [512],
-    "encoder.dropout": 0.0,
-    "contrast.weight": 0,
-    **{f"corruption.{kind}": 0.0 for kind in ("swap", "mask", "thin", "unseen")},
-    "epochs": 16,
+    OURS: {
+        "test": _artworks.HELD_OUT,
+        "validation": 0.02,
+        "encoder.hidden": [512],
+        "encoder.decoder_hidden": [512],
+        "encoder.dropout": 0.0,
+        "contrast.weight": 0,
+        **{f"corruption.{kind}": 0.0 for kind in ("swap", "mask", "thin", "unseen")},
+        "epochs": 16,
+        "column_weights": {"subjects_l1": 2, "subjects_l2": 6, "subjects_l3": 6},
+    },
+    DEFAULTS: {"test": _artworks.HELD_OUT},
 }
-"""An autoencoder and nothing else: no damage, no contrast, a decoder as wide as the encoder. Widths, epochs and the
-weights of columns were once compared on the rows that are held out."""
+"""An autoencoder and nothing else: no damage, no contrast, a decoder as wide as the encoder. `column_weights` go into
+the schema and follow how much there is to know: the loss of a column is measured against that of its best constant, and
+a set of five among a hundred labels says more than a yes or no does."""
+
+CANDIDATES = Path(__file__).with_name("candidates.yaml")
+"""What `--inner` compares: per task and per model of ours the settings that are laid over its own, by a name."""
+
+Settings = dict[str, dict[str, Any]]
+"""Of each model of ours."""
+
+
+class Asked(NamedTuple):
+    data: Path
+    out: Path
+    seeds: int
+    inner: bool
+    """Whether settings are compared without the rows that are judged. Baselines are left out then."""
+
+    def models(self, settings: Settings) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Name, seed and settings of all that are to be trained."""
+        for method, given in settings.items():
+            for seed in range(self.seeds):
+                yield method, seed, {**given, "seed": seed}
+
 
 Row = dict[str, Any]
 """method, figures; and of our models seed and seconds of preparing and training."""
@@ -76,9 +107,10 @@ Row = dict[str, Any]
 
 @contextmanager
 def trained(
-    table: pa.Table, schema: FeatureSchema, config: TrainConfig, likes: Path | None = None
+    table: pa.Table, schema: FeatureSchema, given: dict[str, Any], likes: Path | None = None
 ) -> Iterator[tuple[Judged, npt.NDArray[np.int8]]]:
     """A model, and the folds (n,) of the rows, while its encoded table is on disk. `likes` is a table of ratings."""
+    config = config_of(given)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = Prepared.make(table, schema, config, folder)
@@ -94,6 +126,10 @@ def trained(
         yield judged(data, encoder, decoder), data.fold
 
 
+def config_of(given: dict[str, Any]) -> TrainConfig:
+    return TrainConfig.load(None, {name: value for name, value in given.items() if name != "column_weights"})
+
+
 @torch.inference_mode()
 def vectors_of(model: Judged) -> _films.Floats:
     """(n, dim) of the whole table."""
@@ -101,66 +137,72 @@ def vectors_of(model: Judged) -> _films.Floats:
     return np.concatenate([model.encoder(*model.table.clean(part)).numpy() for part in parts])
 
 
-def cold_start(data: Path, out: Path, seeds: int) -> list[Row]:
-    films = _films.Films.read(data)
+def cold_start(asked: Asked, settings: Settings) -> Iterator[Row]:
+    films = _films.Films.read(asked.data, asked.inner)
     task = _films.ColdStart(films)
-    rows = [baseline(name, found) for name, found in _films.cold_start_baselines(films)]
     with tempfile.TemporaryDirectory() as folder:
         likes = Path(folder) / "warm.parquet"
-        pq.write_table(_films.warm_ratings(data), likes)  # all that anything of ours ever reads of the ratings
-        for seed in range(seeds):
+        # All that anything of ours ever reads of the ratings.
+        pq.write_table(_films.warm_ratings(asked.data, asked.inner), likes)
+        for method, seed, given in asked.models(settings):
             began = time.perf_counter()
-            config = TrainConfig.load(None, {**COLD_START, "seed": seed})
-            with trained(films.table, _films.schema(), config, likes) as (model, _):
+            with trained(films.table, _films.schema(), given, likes) as (model, _):
                 vectors = vectors_of(model)
-            rows.append(ours(seed, task.score(dense_cosines(vectors)), began))
-            if seed == 0:
-                _films.write(out / "cold_start.parquet", films.ids, vectors)
-    return rows
+            yield ours(method, seed, task.score(dense_cosines(vectors)), began)
+            if (method, seed) == (OURS, 0):
+                _films.write(asked.out / "cold_start.parquet", films.ids, vectors)
+    for name, found in () if asked.inner else _films.cold_start_baselines(films):
+        yield baseline(name, found)
 
 
-def attribute(data: Path, out: Path, seeds: int) -> list[Row]:
-    films = _films.Films.read(data)
+def attribute(asked: Asked, settings: Settings) -> Iterator[Row]:
+    films = _films.Films.read(asked.data, asked.inner)
     task = _films.Genres(films)
-    rows = [baseline(name, found) for name, found in _films.attribute_baselines(films)]
-    for seed in range(seeds):
+    for method, seed, given in asked.models(settings):
         began = time.perf_counter()
-        config = TrainConfig.load(None, {**ATTRIBUTE, "seed": seed})
-        with trained(films.table, _films.schema(without="genres"), config) as (model, _):
+        with trained(films.table, _films.schema(without="genres"), given) as (model, _):
             vectors = vectors_of(model)
-        rows.append(ours(seed, task.score(dense_cosines(vectors), vectors), began))
-        if seed == 0:
-            _films.write(out / "attribute.parquet", films.ids, vectors)
-    return rows
+        yield ours(method, seed, task.score(dense_cosines(vectors), vectors), began)
+        if (method, seed) == (DEFAULTS, 0):
+            _films.write(asked.out / "attribute.parquet", films.ids, vectors)
+    for name, found in () if asked.inner else _films.attribute_baselines(films):
+        yield baseline(name, found)
 
 
-def reconstruction(data: Path, out: Path, seeds: int) -> list[Row]:
+def reconstruction(asked: Asked, settings: Settings) -> Iterator[Row]:
     """One split and one seed, for each dim."""
-    table = _artworks.read(data)
-    rows = []
+    table = _artworks.read(asked.data, asked.inner)
     for dim in _artworks.DIMS:
-        began = time.perf_counter()
-        config = TrainConfig.load(None, {**RECONSTRUCTION, "encoder.dim": dim})
-        with trained(table, _artworks.SCHEMA, config) as (model, fold):
-            held, fit = np.flatnonzero(fold == TEST), np.flatnonzero(fold == TRAIN)
-            truth, kinds = _artworks.truth_of(model, held), _artworks.kinds_of(model)
-            found = _artworks.figures(_artworks.read_back(model, held), truth, kinds)
-            rows.append({**ours(0, found, began), "method": f"{OURS} {dim}"})
-            for name, way in (("PCA", _artworks.components), ("autoencoder", _artworks.autoencoder)):
-                rows.append(baseline(f"{name} {dim}", _artworks.figures(way(model, fit, held, dim), truth, kinds)))
-    return rows
+        for method, given in settings.items():
+            began = time.perf_counter()
+            schema = _artworks.schema(given.get("column_weights", {}))
+            with trained(table, schema, {**given, "encoder.dim": dim}) as (model, fold):
+                held, fit = np.flatnonzero(fold == TEST), np.flatnonzero(fold == TRAIN)
+                truth, kinds = _artworks.truth_of(model, held), _artworks.kinds_of(model)
+                found = _artworks.figures(_artworks.read_back(model, held), truth, kinds)
+                yield ours(f"{method} {dim}", 0, found, began)
+                if method == OURS:  # the baselines are fitted on the rows that it was trained on
+                    for name, way in (("PCA", _artworks.components), ("autoencoder", _artworks.autoencoder)):
+                        found = _artworks.figures(way(model, fit, held, dim), truth, kinds)
+                        yield baseline(f"{name} {dim}", found)
 
 
-TASKS = {"cold_start": cold_start, "attribute": attribute, "reconstruction": reconstruction}
+TASKS = {
+    "cold_start": (cold_start, COLD_START),
+    "attribute": (attribute, ATTRIBUTE),
+    "reconstruction": (reconstruction, RECONSTRUCTION),
+}
 
 
 def baseline(method: str, figures: dict[str, float]) -> Row:
     return {"method": method, "figures": figures}
 
 
-def ours(seed: int, figures: dict[str, float], began: float) -> Row:
-    click.echo(f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), err=True)
-    return {"method": OURS, "figures": figures, "seed": seed, "seconds": round(time.perf_counter() - began, 1)}
+def ours(method: str, seed: int, figures: dict[str, float], began: float) -> Row:
+    click.echo(
+        f"{method}, seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), err=True
+    )
+    return {"method": method, "figures": figures, "seed": seed, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -244,19 +286,35 @@ def figure_names(rows: Sequence[Row]) -> list[str]:
 @click.option(
     "--only", type=click.Choice(list(TASKS)), multiple=True, help="A task; may be given again.  [default: all]"
 )
-def main(data: Path, out: Path, seeds: int, only: tuple[str, ...]) -> None:
+@click.option(
+    "--inner", is_flag=True, help="Compare the settings of candidates.yaml, without the rows that are judged."
+)
+def main(data: Path, out: Path, seeds: int, only: tuple[str, ...], inner: bool) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
+    asked = Asked(data, out, seeds, inner)
+    settings = candidates() if inner else {task: of_ours for task, (_, of_ours) in TASKS.items()}
     results = {}
-    for task in only or TASKS:
-        results[task] = TASKS[task](data, out, seeds)
+    for task in only or settings:
+        results[task] = list(TASKS[task][0](asked, settings[task]))
         show(task, results[task])
     draw(results, out / "quality.png")
-    settings = {"cold_start": COLD_START, "attribute": ATTRIBUTE, "reconstruction": RECONSTRUCTION}
     found = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
     (out / "results.json").write_text(
         json.dumps({**found, "settings": {task: settings[task] for task in results}, "rows": results}, indent=1) + "\n"
     )
+
+
+def candidates() -> dict[str, Settings]:
+    compared = yaml.safe_load(CANDIDATES.read_text(encoding="utf-8"))
+    return {
+        task: {
+            f"{model}, {name}": {**TASKS[task][1][model], **given}
+            for model, named in models.items()
+            for name, given in named.items()
+        }
+        for task, models in compared.items()
+    }
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from benchmarks import _artworks, _films, quality
+from benchmarks._inner import without_judged
 from training.baselines import dense_cosines
 
 
@@ -59,6 +60,19 @@ def test_no_rating_of_a_cold_film_is_handed_on(tmp_path):
     cold = _films.fold_of(ids, _films.COLD, 0.0) == _films.TEST
     assert kept == [item for item, is_cold in zip(ids, cold, strict=True) if not is_cold]
     assert 0 < len(kept) < 100
+
+
+def test_settings_are_compared_on_rows_that_are_not_judged_a_fifth_of_which_is_held_out_instead():
+    ids = [f"tt{i:07}" for i in range(500)]
+    judged = {i for i in ids if hashlib.sha256(i.encode()).digest()[0] < 51}
+    inner = without_judged(pa.table({"x": ids, "item": ids}), "item", 51 / 256)
+    assert inner.column("x").to_pylist() == [i for i in ids if i not in judged]
+    held = _films.fold_of(inner.column("item").to_pylist(), _films.COLD, 0.0) == _films.TEST
+    assert held.mean() == pytest.approx(51 / 256, abs=0.06)
+
+
+def test_every_candidate_has_settings_that_there_are():
+    assert [quality.config_of(given) for of_ours in quality.candidates().values() for given in of_ours.values()]
 
 
 def test_reading_back_counts_known_labels_and_the_pairs_of_all_sets_together():

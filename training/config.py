@@ -108,7 +108,7 @@ class ContrastConfig(Settings):
 
     temperature: PositiveFloat = 0.5
     """Lower looks at the hardest of the other items only: of a table with few columns those are items that are rightly
-    near. On films and on streamed titles neighbors are better than at 0.2."""
+    near. On the validation rows of films and of streamed titles neighbors are better than at 0.2."""
 
 
 class TargetConfig(Settings):
