@@ -91,7 +91,9 @@ def test_neighbors_share_what_was_hidden(evaluated):
 def test_the_longest_prefix_is_the_whole_vector(evaluated):
     prefixes, mean = evaluated["retrieval"]["prefixes"], evaluated["retrieval"]["mean"]
     assert list(prefixes) == ["8", "16"]
-    assert prefixes["16"] == pytest.approx({"precision": mean["precision"], "pca": mean["pca"]}, abs=1e-3)
+    loss = np.mean([column["loss"] for column in evaluated["columns"].values()])
+    assert prefixes["16"] == pytest.approx({"precision": mean["precision"], "pca": mean["pca"], "loss": loss}, abs=1e-3)
+    assert prefixes["8"]["loss"] > loss  # half of the numbers say less
 
 
 def test_cold_films_of_a_liked_style_are_found(evaluated, trained):

@@ -14,7 +14,8 @@ retrieval           columns.NAME: precision@k, the share of the k nearest items 
                     common with the item (the column is hidden from all of them); one_hot, hashing, svd, pca,
                     pca_unit_variance: the same by the plain encodings of the other columns (training/baselines.py);
                     base_rate: by chance. mean: over columns. prefixes.SIZE: the mean with the first numbers of the
-                    vectors only, and of as many principal components
+                    vectors only, and of as many principal components; loss: what these numbers say to the decoder,
+                    the mean over columns
 cold_start          where there are likes: k, users, warm_items, cold_items; for model, each baseline and chance:
                     recall, ndcg, pm_auc (training/coldstart.py); else null
 out_of_vocabulary   columns.NAME: the share of rows whose labels in the column are all new to the model; share: of rows
@@ -60,7 +61,7 @@ from training.exhibits import Exhibits, exhibits
 from training.folds import TEST, TRAIN, VALIDATION, fold_of, some
 from training.ingest import MIN_TRAIN_ROWS, taken
 from training.judged import Floats, Judged, Rows, Views, bags_of, judged_version, measured_rows, searched_rows, truth_of
-from training.readback import read_back
+from training.readback import prefix_losses, read_back
 from training.retrieval import K, nested_sizes, retrieve
 from training.space import cross_recall, neighbor_overlap, space
 
@@ -144,6 +145,9 @@ def evaluate(model: Judged, fold: npt.NDArray[np.int8], likes: sp.csr_matrix | N
     views = Views(model, searched_rows(fold))
     prefixes = nested_sizes(model.encoder.config.dim, model.encoder.config.nested)
     retrieval, by_query = retrieve(views, len(measured), truth_of(model), prefixes)
+    if "prefixes" in retrieval:
+        for size, loss in prefix_losses(views, len(measured), prefixes).items():
+            retrieval["prefixes"][str(size)]["loss"] = loss
     unseen = _only_unseen(model, measured)
     any_unseen = np.any([*unseen.values(), np.zeros(len(measured), bool)], axis=0)
     precision, of_others = like_with_like(by_query, any_unseen)

@@ -115,8 +115,8 @@ def _columns(columns: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             False,
             f"PCA of the same size reads these columns back better: {_listed(behind)}.",
-            "PCA spends its numbers on the columns of largest variance and on few others; if these are the ones that "
-            "matter to you, raise their weight in the schema.",
+            "PCA keeps a few numbers and frequent labels exactly and little of the rest; here all share a vector of "
+            "length 1. If single values matter to you more than neighbors, raise corruption.whole.",
         )
     if scored and not useless and not behind:
         yield Finding(True, "Every column is read back better than by the most frequent answer and by PCA.")

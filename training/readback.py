@@ -1,12 +1,14 @@
 """How well the columns of items can be read back from their embeddings, and from what else could answer."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from itemvec.features import FIRST, MISSING, BagSlot, DenseSlot
 from training import losses
@@ -40,9 +42,7 @@ def read_back(views: Views, measured: int, fitted_on: Rows | None = None) -> dic
         answerers["inferred"] = _Decoder(model, views.without(slot.name)[:measured])
         tallies = {name: _Tally(slot) for name in answerers}
         loss = 0.0
-        at_once = max(1, CELLS // (slot.rows if isinstance(slot, BagSlot) else slot.width))
-        for start in range(0, measured, at_once):
-            part = slice(start, min(start + at_once, measured))
+        for part in _parts(slot, measured):
             truth = _truth(model, slot, items[part])
             for name, answerer in answerers.items():
                 answer = answerer(slot, part)
@@ -58,6 +58,33 @@ def read_back(views: Views, measured: int, fitted_on: Rows | None = None) -> dic
         if slot.kind in SETS:
             out[slot.name]["r_precision"] = {name: tally.r_precision() for name, tally in tallies.items()}
     return out
+
+
+def prefix_losses(views: Views, measured: int, sizes: Sequence[int]) -> dict[int, float]:
+    """Per size, what the decoder makes of so many first numbers when the others are 0: over the first `measured` items,
+    the mean over the columns of its loss against the constant's."""
+    model, dim = views.model, views.model.encoder.config.dim
+    items, constant = views.items[:measured], constant_losses(model.layout, model.marginals)
+    found = {}
+    for size in sizes:
+        kept = functional.normalize(views.whole[:measured, :size], dim=1)
+        answerer = _Decoder(model, functional.pad(kept, (0, dim - size)))
+        losses_of = []
+        for slot in model.slots:
+            loss = sum(
+                float(_losses(slot, answerer(slot, part), _truth(model, slot, items[part])).sum())
+                for part in _parts(slot, measured)
+            )
+            losses_of.append(loss / measured / max(constant[slot.name], 1e-6))
+        found[size] = float(np.mean(losses_of))
+    return found
+
+
+def _parts(slot: BagSlot | DenseSlot, measured: int) -> Iterator[slice]:
+    """The measured items, as many at once as the column allows."""
+    at_once = max(1, CELLS // (slot.rows if isinstance(slot, BagSlot) else slot.width))
+    for start in range(0, measured, at_once):
+        yield slice(start, min(start + at_once, measured))
 
 
 SETS = frozenset({"multi", "text"})

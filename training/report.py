@@ -73,7 +73,10 @@ def _neighbors(retrieval: Mapping[str, Any]) -> list[Row]:
 
 def _prefixes(retrieval: Mapping[str, Any]) -> list[Row]:
     sizes = retrieval.get("prefixes", {})
-    return [Row(size, _compared([figures["precision"], figures["pca"]])) for size, figures in sizes.items()]
+    return [
+        Row(size, [*_compared([figures["precision"], figures["pca"]]), Cell(_told(figures.get("loss")))])
+        for size, figures in sizes.items()
+    ]
 
 
 def _cold(cold: Mapping[str, Any] | None) -> list[Row]:
