@@ -239,8 +239,9 @@ def encode_milliseconds(trained: Trained) -> float:
 
 def _table_for(trained: Trained, champion: ModelVersion) -> pa.Table:
     """The new table with the columns that the champion reads; one that it lost is missing on every row."""
-    names = [feature.name for feature in champion.schema.features]
-    table = read_items(trained.job, names).table
+    table, names = trained.table, [feature.name for feature in champion.schema.features]
+    if not set(names) <= set(table.column_names):
+        table = read_items(trained.job, names).table
     for name in names:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows))
