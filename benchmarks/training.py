@@ -41,7 +41,7 @@ from itemvec.version import Lineage, ModelVersion
 from training import cluster
 from training.config import ClusterConfig, TrainConfig
 from training.data import TENSORS, EncodedTable, Prepared, corrupt
-from training.embed_table import BLOCK, embed_table
+from training.embed_table import BLOCK, QUIET, embed_table
 from training.folds import TEST, TRAIN, fold_of
 from training.loop import Trainer
 from training.objectives import Given, Task
@@ -206,7 +206,7 @@ def embed(rows: int, folder: Path) -> dict[str, Any]:
         click.echo(f"{'encoding alone':16} {rate:9,.0f}")
 
     alone()
-    with cluster.connected(ClusterConfig()):
+    with cluster.environment(QUIET), cluster.connected(ClusterConfig()):
         for workers in (1, 2):
             some, every = (
                 embed_table(str(path), registry, "films", folder / f"{path.stem}-{workers}", workers, "auto")
