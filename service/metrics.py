@@ -120,7 +120,10 @@ class Metrics:
             "itemvec_store_errors_total", "Calls that Redis did not answer.", ["operation"], registry=registry
         )
         self._rejected = Counter(
-            "itemvec_rejected_requests_total", "Requests turned away unread.", ["reason"], registry=registry
+            "itemvec_rejected_requests_total",
+            "Requests refused since the service was full, or whose caller left.",
+            ["reason"],
+            registry=registry,
         )
         self._in_flight = Gauge(
             "itemvec_in_flight_requests",
