@@ -33,11 +33,11 @@ def rates(optimization: Optimization, losses: list[float], steps: int = 10) -> l
 
 def test_steps_are_shorter_where_likes_have_weighted_the_columns_unless_their_length_is_set():
     assert OptimizerConfig().rates(weighted=False) == (0.004, 0.02)
-    assert OptimizerConfig().rates(weighted=True) == (0.0005, 0.0005)
-    assert OptimizerConfig(learning_rate=0.1).rates(weighted=True) == (0.1, 0.0005)
+    assert OptimizerConfig().rates(weighted=True) == (0.00025, 0.00025)
+    assert OptimizerConfig(learning_rate=0.1).rates(weighted=True) == (0.1, 0.00025)
     layer, table = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3, 2))
     made = Optimization([layer], [table], OptimizerConfig(schedule="constant", warmup=0), 1, 1, False, weighted=True)
-    assert [o.param_groups[0]["lr"] for o in made.optimizers] == [0.0005, 0.0005]
+    assert [o.param_groups[0]["lr"] for o in made.optimizers] == [0.00025, 0.00025]
 
 
 def test_cosine_rises_and_falls_to_nothing():

@@ -185,11 +185,11 @@ class OptimizerConfig(Settings):
     """Of the layers. `adam` decays weights by way of the gradient; `sgd` wants a `learning_rate` of its own."""
 
     learning_rate: PositiveFloat | None = None
-    """Of the layers. None is 0.004, and 0.0005 where likes have weighted the columns that training starts from: likes
+    """Of the layers. None is 0.004, and 0.00025 where likes have weighted the columns that training starts from: likes
     are few, and longer steps learn by heart who was in a film that was liked."""
 
     table_learning_rate: PositiveFloat | None = None
-    """None is 0.02, since rows of rare labels see few steps; and 0.0005 in that other case, where they would be the
+    """None is 0.02, since rows of rare labels see few steps; and 0.00025 in that other case, where they would be the
     first to learn by heart."""
 
     momentum: Share = 0.9
@@ -213,7 +213,7 @@ class OptimizerConfig(Settings):
 
     def rates(self, weighted: bool) -> tuple[float, float]:
         """Of the layers and of the tables; `weighted`: whether likes have weighted the columns."""
-        layers, tables = (5e-4, 5e-4) if weighted else (4e-3, 2e-2)
+        layers, tables = (2.5e-4, 2.5e-4) if weighted else (4e-3, 2e-2)
         return self.learning_rate or layers, self.table_learning_rate or tables
 
 
