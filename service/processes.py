@@ -1,6 +1,8 @@
 """What Linux tells of other processes; elsewhere nothing is found."""
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -8,6 +10,17 @@ def processes_with(variable: str, value: str) -> list[int]:
     """Processes, not this one, that were started with the environment variable at this value."""
     wanted = f"{variable}={value}".encode()
     return [pid for pid in _others() if wanted in _environment(pid)]
+
+
+def step_back(pids: Iterable[int], words: Iterable[str], niceness: int) -> None:
+    """Those of the processes whose command line has one of the words let others go first, with all their threads."""
+    wanted = [word.encode() for word in words]
+    for pid in pids:
+        with suppress(OSError):  # it has ended, or is somebody else's
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if any(word in command for word in wanted):
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 def own_ray_died() -> bool:

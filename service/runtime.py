@@ -26,12 +26,21 @@ from typing import Final
 from itemvec.errors import ConfigError, ItemvecError, RegistryError, VersionCorrupt
 from service import haproxy
 from service.config import NO_CHAMPION, ServiceConfig
-from service.processes import own_ray_died, processes_with
+from service.processes import own_ray_died, processes_with, step_back
 from service.redis_server import EmbeddedRedis
 
 Progress = Callable[[str], None]
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+HOUSEKEEPING: Final = (
+    "gcs_server", "log_monitor.py", "monitor.py", "dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent",
+    "ray::ServeController", "ray::ProxyActor",
+)  # fmt: skip
+"""Processes of Ray that no request passes through, nor starts any that one does, as the raylet starts replicas."""
+
+RAYS_NICENESS: Final = 15
+"""That of Ray's own workers where nothing else is said."""
 
 
 class Running:
@@ -76,6 +85,7 @@ def running(config: ServiceConfig, progress: Progress = lambda _: None) -> Itera
         progress("loading the model")
         sockets = folder / "s" if config.ray_address is None else None
         url = stack.enter_context(cluster.deployed(config, sockets))
+        step_back(_processes_of(folder), HOUSEKEEPING, RAYS_NICENESS)
         yield Running(url, config, redis)
 
 
@@ -131,7 +141,7 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         # By default Ray's workers, replicas and HAProxy among them, yield to all else that runs (nice 15): while
-        # the cores are busy a request then waits for more than its turn.
+        # the cores are busy a request then waits for more than its turn. `HOUSEKEEPING` steps back afterwards.
         "RAY_worker_niceness": "0",
         # What the processes say reaches our own stderr. Ours speak from WARNING on; this is a banner of Serve's.
         "RAY_DEDUP_LOGS_SKIP_REGEX": r"^INFO |^  • |^\s*$",
@@ -219,17 +229,19 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 def _end_processes_of(folder: Path, patience: float = 2.0) -> None:
-    """Ends what Ray started for the service of `folder` and did not end itself, as when Ray crashed. Linux only.
-
-    They are known by the path of their token, which is in the environment of no other process.
-    """
+    """Ends what Ray started for the service of `folder` and did not end itself, as when Ray crashed. Linux only."""
     deadline = time.monotonic() + patience
-    while pids := processes_with("RAY_AUTH_TOKEN_PATH", str(folder / "token")):
+    while pids := _processes_of(folder):
         if time.monotonic() > deadline:
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _processes_of(folder: Path) -> list[int]:
+    """They are known by the path of their token, which is in the environment of no other process."""
+    return processes_with("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
 
 
 def _prepare_environment(environment: dict[str, str], folder: Path) -> None:

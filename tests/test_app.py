@@ -91,6 +91,17 @@ def answered(service: RealService, path: str) -> bool:
         return False
 
 
+def test_ray_lets_requests_go_first_where_none_passes_through_it(real_service: RealService):
+    def niceness(of: str) -> set[int]:
+        pids = [pid for pid, title in real_service.processes().items() if of in title]
+        threads = (thread.name for pid in pids for thread in Path(f"/proc/{pid}/task").iterdir())
+        return {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads}
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    eventually(lambda: niceness("ray::ServeController") == niceness("gcs_server") == {max(own, 15)}, 10)
+    assert niceness("ray::ServeReplica") == niceness("/haproxy") == niceness("raylet/raylet") == {own}
+
+
 def test_metrics_are_the_exact_sum_over_replicas_and_survive_one(real_service: RealService):
     before = real_service.metric(TOTAL)
     assert embed(real_service, 400).total() == 400
