@@ -28,6 +28,10 @@ from service.haproxy import socket_of
 
 APP: Final = "itemvec"
 
+GARBAGE: Final = 50_000
+"""New objects after which Python looks for those that hold each other. A body of 1,024 items is ten thousand, and by
+default each seven hundred of them made it look."""
+
 METRICS_SECONDS: Final = 5.0
 """Within which every replica must have told its numbers; Prometheus itself waits 10 s by default."""
 
@@ -132,6 +136,7 @@ class Service:
         # What is here now stays. A full collection of garbage looks at all of it, 100 ms in which nobody is answered.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(GARBAGE)
         handle = serve.get_deployment_handle(self._replica.deployment, app_name=self._replica.app_name)
         self._fleet = Fleet(handle, self, self._replica.replica_tag)
         app = build_app(

@@ -209,10 +209,11 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
     kind, types = column.type, pa.types
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         column = column.cast(pa.large_string()) if types.is_string_view(kind) else column
-        lengths = pc.utf8_length(column)
-        if (longest := pc.max(lengths).as_py()) is not None and longest > limits.string:
-            detail = f"has {longest} characters; a string takes up to {limits.string}"
-            raise _Wrong(detail, pc.index(lengths, longest).as_py())
+        if (pc.max(pc.binary_length(column)).as_py() or 0) > limits.string:  # bytes are counted faster than characters
+            lengths = pc.utf8_length(column)
+            if (longest := pc.max(lengths).as_py()) > limits.string:
+                detail = f"has {longest} characters; a string takes up to {limits.string}"
+                raise _Wrong(detail, pc.index(lengths, longest).as_py())
         return column
     if types.is_timestamp(kind):
         return _moments(column.cast(pa.timestamp("us"), safe=False), kind.tz)
@@ -236,13 +237,10 @@ def _moments(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
 
 
 def _lists(column: pa.ChunkedArray, limits: Limits, room: int) -> pa.ChunkedArray:
-    if pa.types.is_fixed_size_list(column.type):
-        longest, row = column.type.list_size, 0
-    else:
-        lengths = pc.list_value_length(column)
-        longest = pc.max(lengths).as_py() or 0
-        row = pc.index(lengths, longest).as_py()
+    lengths = None if pa.types.is_fixed_size_list(column.type) else pc.list_value_length(column)
+    longest = column.type.list_size if lengths is None else pc.max(lengths).as_py() or 0
     if longest > limits.labels:
+        row = 0 if lengths is None else pc.index(lengths, longest).as_py()
         raise _Wrong(f"has {longest} entries; a column takes up to {limits.labels}", row)
     inner = column.type.value_type
     if pa.types.is_nested(inner):

@@ -11,6 +11,7 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -167,11 +168,9 @@ class Metrics:
 
     def columns(self, model: str, statuses: Sequence[Mapping[str, str]]) -> None:
         """One mapping an item, of the columns that were not plain."""
-        # The name of an ignored column is the caller's, so there is no end of them.
-        tally = Tally(
-            ("" if status == "ignored" else column, status) for item in statuses for column, status in item.items()
-        )
-        for (column, status), times in tally.items():
+        for (column, status), times in Tally(chain.from_iterable(item.items() for item in statuses)).items():
+            if status == "ignored":  # its name is the caller's, so there is no end of them
+                column = ""  # noqa: PLW2901
             if (counter := self._of_column.get((model, column, status))) is None:
                 counter = self._of_column[model, column, status] = self._columns.labels(model, column, status)
             counter.inc(times)

@@ -120,6 +120,7 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # in pieces of 16 kB, a bulk request is read piece by piece
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy-here"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(inside / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(inside / "a"),
