@@ -4,6 +4,7 @@ results.json, serving.png and the servers' logs.
     encode   one item a request at 1, 16 and 64 connections: itemvec, and the same trained encoder behind FastAPI and
              uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up at once and take turns, medians of rounds
     bulk     1,024 items a request, over two connections; and the share of what encoding alone does in one process
+    limit    the same of itemvec with no peer beside it
     similar  neighbors by id over HTTP against the bare FT.SEARCH, with a filter of 1 % and without; recall@10
     load     bulk upserts over HTTP, and the store alone against Redis alone that takes the same writes
     growth   by items a request, replicas, the catalogue and the vocabulary: latency, throughput, memory
@@ -53,7 +54,7 @@ from service.index import Mode, WantedMode
 from service.redis_server import EmbeddedRedis
 from service.runtime import stop_signals
 
-SECTIONS = ("encode", "bulk", "similar", "load", "growth")
+SECTIONS = ("encode", "bulk", "limit", "similar", "load", "growth")
 CONNECTIONS = (1, 16, 64)
 BULK = 1024
 PEERS = {"plain": "FastAPI + uvicorn", "bento": "BentoML", "lit": "LitServe", "ray_serve": "Ray Serve, defaults"}
@@ -174,6 +175,11 @@ def bulk(bench: Bench, targets: Mapping[str, Target]) -> list[Row]:
         limit = medians["in process, Arrow" if name.endswith("Arrow") else "in process, items"]
         rows.append({"way": name, "items/s": found, "share of the limit": found / limit})
     return rows
+
+
+def limit(bench: Bench) -> list[Row]:
+    with bench.serve("limit") as (port, _):
+        return bulk(bench, {"itemvec": Target(port, "/v1/embeddings")})
 
 
 def _alone(bench: Bench, work: Callable[[int], object]) -> float:
@@ -365,7 +371,7 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
             for section in (encode, bulk):
                 if section.__name__ in wanted:
                     keep(section.__name__, section(bench, targets))
-    for section in (similar, load, growth):
+    for section in (limit, similar, load, growth):
         if section.__name__ in wanted:
             keep(section.__name__, section(bench))
     if "encode" in found:

@@ -40,6 +40,10 @@ NOBODY: Final = "backend default_backend"
 NOT_THERE: Final = "http-response deny deny_status 503 if { status 404 } { res.hdr(content-type) -m beg text/plain }"
 """The same of Serve's own proxy, which is asked when no replica is left. Ours say in JSON what they did not find."""
 
+KEEP: Final = "pool-purge-delay 1h"
+"""Connections to a replica that a moment of many requests has opened. By default they are closed within seconds, and
+the next such moment waits for new ones."""
+
 SERVER: Final = re.compile(r"(\s+server \S+-(\w+)) (\S+):(\d+) check\b(?!.* backup)")
 """A replica, whose name ends with its id; Serve's own proxy, the last resort, is the backup."""
 
@@ -95,7 +99,8 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
         elif words[:1] == ["errorfile"]:
             kept.append(re.sub(r"\S+$", unavailable, line))
         elif replica and (socket := socket_of(sockets, replica[2])).exists():
-            kept.append(f"{replica[1]} unix@{socket} check addr {replica[3]} port {replica[4]}{line[replica.end() :]}")
+            check = f"check addr {replica[3]} port {replica[4]}"
+            kept.append(f"{replica[1]} unix@{socket} {check}{line[replica.end() :]} {KEEP}")
         else:
             kept.append(re.sub(r"^(\s+stats socket .*) mode 666 ", r"\1 mode 600 ", line))
     return "\n".join(kept)
