@@ -54,12 +54,17 @@ def test_a_table_in_pieces_gives_the_very_bits_of_the_table_at_once(items, tmp_p
     transform, encoded = at_once(table(600))
     assert data.transform.digest() == transform.digest()
     assert same(data.table, encoded)
+
+
+@pytest.mark.slow
+def test_a_cluster_says_what_is_wrong_as_this_process_would(items, tmp_path, monkeypatch, ray_cluster):
+    data, place = prepared(items, tmp_path / "run"), encoded_at(items.copy, SCHEMA, 0.1, 0.05)
     lacking = items.table.drop_columns(["genres"])
     with written_whole(tmp_path / "lacking.arrow") as path, pa.ipc.new_file(path, lacking.schema) as writer:
         writer.write_table(lacking)
-    place = encoded_at(items.copy, SCHEMA, 0.1, 0.05)
-    with pytest.raises(SchemaMismatch, match="genres"):  # whoever finds it
-        list(encode(lacking, data.transform, place, tmp_path / "lacking.arrow", by == "a cluster"))
+    monkeypatch.setattr(ingest, "ALONE", 0)
+    with pytest.raises(SchemaMismatch, match="genres"):
+        list(encode(lacking, data.transform, place, tmp_path / "lacking.arrow", spread=True))
 
 
 def test_the_copy_has_the_rows_of_the_table(items):
