@@ -49,15 +49,16 @@ async def test_a_slow_call_halves_the_number_once_in_the_time_that_is_slow() -> 
 
 
 async def test_calls_that_a_server_does_one_after_the_other_stay_few() -> None:
-    """Each takes it 10 ms: with twelve or more at once the last would take the 120 ms that a call may."""
-    turns, server = Turns(most=16, slow=0.06), asyncio.Lock()
+    """Each takes it 5 ms: with twelve or more at once the last would take the 60 ms that a call may. Quick calls would
+    have come to sixteen after 5 + 6 + ... + 15 = 110."""
+    turns, server = Turns(most=16, slow=0.03), asyncio.Lock()
 
     async def call() -> None:
         await turns.take()
         began = asyncio.get_running_loop().time()
         async with server:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.005)
         turns.give_back(asyncio.get_running_loop().time() - began)
 
-    await asyncio.gather(*(call() for _ in range(48)))
+    await asyncio.gather(*(call() for _ in range(130)))
     assert turns.limit < 12
