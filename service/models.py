@@ -307,7 +307,7 @@ class LoadedModels:
             self._wake.clear()
             try:
                 names = await self.in_thread(self.registry.names)
-            except OSError as error:
+            except (OSError, RegistryError) as error:  # an object store that did not answer in time, say
                 log.warning("cannot read the registry: %s", error)
                 continue
             for name in names:

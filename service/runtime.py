@@ -165,8 +165,8 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_registry(registry: str) -> None:
-    """Raises `RegistryError` if no model in the folder has an alias, and `VersionCorrupt` if a champion's files are not
-    there whole, so that nobody waits for Ray to hear of it.
+    """Raises `RegistryError` if no model in the folder has an alias, and `VersionCorrupt` if the files of no champion,
+    nor of a version before it, are there whole, so that nobody waits for Ray to hear of it.
 
     The replicas look closer. `Registry` is not used here: it loads torch, 190 MB that this process would keep.
     """
@@ -175,20 +175,25 @@ def check_registry(registry: str) -> None:
     aliases = {file.parent: json.loads(file.read_bytes()) for file in Path(registry).glob("*/aliases.json")}
     if not aliases:
         raise RegistryError(NO_CHAMPION.format(registry))
-    for model, versions in aliases.items():
-        if "champion" in versions:
-            _check_files(model, versions["champion"])
+    of_champions = [(model, versions) for model, versions in aliases.items() if "champion" in versions]
+    served = [
+        (model, versions[a]) for model, versions in of_champions for a in ("champion", "previous") if a in versions
+    ]
+    errors = [error for model, version in served if (error := _not_whole(model, version))]
+    if served and len(errors) == len(served):
+        raise errors[0]
 
 
-def _check_files(model: Path, version: int) -> None:
+def _not_whole(model: Path, version: int) -> VersionCorrupt | None:
     folder, ref = model / "versions" / str(version), f"{model.name}@{version}"
     try:
         for name, entry in json.loads((folder / "manifest.json").read_bytes())["files"].items():
             size = (folder / name).stat().st_size
             if size != entry["size"]:
-                raise VersionCorrupt(ref, f"{name} has {size:,} bytes and had {entry['size']:,}")
+                return VersionCorrupt(ref, f"{name} has {size:,} bytes and had {entry['size']:,}")
     except OSError as error:
-        raise VersionCorrupt(ref, f"{error.filename} cannot be read ({error.strerror})") from error
+        return VersionCorrupt(ref, f"{error.filename} cannot be read ({error.strerror})")
+    return None
 
 
 @contextmanager

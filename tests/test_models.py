@@ -101,6 +101,27 @@ async def test_a_model_that_is_published_later_is_served_too(
         assert service.models.champion().ref == "toys@1"
 
 
+async def test_a_registry_that_does_not_answer_once_is_followed_again(
+    tmp_path: Path, toy_registry: Path, empty_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, failures = Registry.names, iter([OSError("a disk"), RegistryError("an object store")])
+
+    def failing(self: Registry) -> list[str]:
+        for error in failures:
+            raise error
+        return names(self)
+
+    async with serving.running(serving.copied(toy_registry, tmp_path / "r"), empty_redis, model="toys") as service:
+        monkeypatch.setattr(Registry, "names", failing)
+        serving.publish(service.registry, 9, alias="champion", name="games")
+
+        async def served() -> bool:
+            return "games" in service.models.serving
+
+        await eventually(served)
+        assert not list(failures)
+
+
 async def test_among_several_models_a_request_must_name_one(
     tmp_path: Path, toy_registry: Path, empty_redis: str
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import serving
 
 from itemvec.errors import ConfigError, VersionCorrupt
+from itemvec.registry import Registry
 from service import haproxy
 from service.config import ServiceConfig
 from service.runtime import check_port, check_registry, serve_environment, stop_signals
@@ -41,6 +42,11 @@ def test_a_champion_that_is_not_whole_is_told_before_ray_is_started(tmp_path, to
     weights.unlink()
     with pytest.raises(VersionCorrupt, match=r"toys@1 .*encoder\.safetensors cannot be read"):
         check_registry(str(registry))
+    Registry(registry).promote("toys", 2)  # of which toys@1 is the previous
+    check_registry(str(registry))
+    Registry(registry).promote("toys", 3)
+    Registry(registry).promote("toys", 1)  # not whole, and the previous one is
+    check_registry(str(registry))
 
 
 def test_the_environment_names_no_path_outside_the_private_folder(tmp_path):
