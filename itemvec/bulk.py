@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from itemvec.check import require_columns
-from itemvec.client import Client, ServiceProblem
+from itemvec.client import TOO_LARGE, Client, ServiceProblem, rows_at_once
 from itemvec.errors import ConfigError
 from itemvec.table import require_ids, rows
 
@@ -47,7 +47,8 @@ def load_items(
     with the served version, so that the service need not encode it.
 
     Raises SchemaMismatch for columns the table lacks, ConfigError for vectors of another version or other items. Items
-    travel as columns (Arrow). Two connections: while the service encodes one batch, the next is on its way.
+    travel as columns (Arrow), `batch_size` in a request, and fewer where they are large. Two connections: while the
+    service encodes one batch, the next is on its way.
     """
     schema = model["item_schema"]
     id_column = schema["x-itemvec-id"]
@@ -58,29 +59,55 @@ def load_items(
     parts = table.select(names).append_column(id_column, table.column(id_column).cast(pa.string()))
     if vectors is not None:
         parts = _joined(parts, id_column, vectors, model)
-    done = Loaded()
+    sending = _Sending(client, model["id"], table, parts, id_column, names)
+    done, at_once = Loaded(), rows_at_once(parts, batch_size)
+    places = ((start, min(at_once, len(table) - start)) for start in range(0, len(table), at_once))
+    with ThreadPoolExecutor(connections) as pool:
+        while window := list(islice(places, 2 * connections)):
+            for answer in chain.from_iterable(pool.map(sending.send, *zip(*window, strict=True))):
+                _count(done, answer)
+                progress(len(answer["items"]))
+    return done
 
-    def send(start: int) -> dict[str, Any]:
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """Sends rows of a table, and tells what became of each."""
+
+    client: Client
+    model: str
+    table: pa.Table
+    parts: pa.Table
+    """The same rows as they are sent: `id_column` is text, and maybe there are vectors."""
+
+    id_column: str
+    names: list[str]
+    """Of its other columns."""
+
+    def send(self, start: int, count: int) -> list[dict[str, Any]]:
+        """The answers of the requests that so many rows took: several where one would be too large."""
         try:
-            return client.put(parts.slice(start, batch_size), model["id"])
+            return [self._put(start, count)]
+        except ServiceProblem as problem:
+            if problem.status != TOO_LARGE:
+                raise
+            if count == 1:
+                item_id = self.parts.column(self.id_column)[start].as_py()
+                refused = {"id": item_id, "status": "refused", "problem": problem.problem}
+                return [{"created": 0, "updated": 0, "refused": 1, "items": [refused]}]
+        half = count // 2
+        return [*self.send(start, half), *self.send(start + half, count - half)]
+
+    def _put(self, start: int, count: int) -> dict[str, Any]:
+        try:
+            return self.client.put(self.parts.slice(start, count), self.model)
         except ServiceProblem as problem:
             # A stream is refused whole for one value beyond a limit; as JSON each item is refused by itself.
             if problem.status not in STREAM_REFUSED:
                 raise
-            return send_json(start)
-
-    def send_json(start: int) -> dict[str, Any]:
-        [batch] = rows(table.slice(start, batch_size).combine_chunks(), id_column, names, batch_size)
+        [batch] = rows(self.table.slice(start, count).combine_chunks(), self.id_column, self.names, count)
         items = [{**item, "id": item_id} for item_id, item in zip(*batch, strict=True)]
-        return client.call("POST", "/v1/items", {"items": items, "model": model["id"]})
-
-    starts = iter(range(0, len(table), batch_size))
-    with ThreadPoolExecutor(connections) as pool:
-        while window := list(islice(starts, 2 * connections)):
-            for answer in pool.map(send, window):
-                _count(done, answer)
-                progress(len(answer["items"]))
-    return done
+        return self.client.call("POST", "/v1/items", {"items": items, "model": self.model})
 
 
 def _joined(parts: pa.Table, id_column: str, vectors: pa.Table, model: dict[str, Any]) -> pa.Table:
@@ -88,6 +115,8 @@ def _joined(parts: pa.Table, id_column: str, vectors: pa.Table, model: dict[str,
     metadata = vectors.schema.metadata or {}
     if not {"id", "embedding"} <= set(vectors.column_names) or b"fingerprint" not in metadata:
         raise ConfigError("the vectors are not from `itemvec embed-table`: no id, no embedding, or no fingerprint")
+    if "embedding" in parts.column_names:
+        raise ConfigError("the table has a column 'embedding' of its own, which is loaded: leave the vectors out")
     made, by = metadata[b"fingerprint"].decode(), metadata.get(b"model", b"another model").decode()
     if made != model["fingerprint"]:
         raise ConfigError(

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import httpx
 import pyarrow as pa
 
+from itemvec.check import undictionaried
 from itemvec.errors import ItemvecError
 
 RETRIES = 8
@@ -15,7 +16,12 @@ RETRIES = 8
 
 ARROW = "application/vnd.apache.arrow.stream"
 ROWS = 8192
-"""Of a table, in one request: some MB."""
+"""Of a table, in one request at most."""
+
+BYTES = 4 << 20
+"""The same, on average: half of what a service takes unless it is set up otherwise."""
+
+TOO_LARGE = 413
 
 FIRST_WAIT, LONGEST_WAIT = 0.02, 0.5
 """Seconds between two looks at a job: a rollback has ended at the first."""
@@ -64,16 +70,21 @@ class Client:
         `columns` (what was not plain), and `id` if the table has it. Columns travel as columns (Arrow), in parts."""
         asked = {"model": model, "dimensions": None if dimensions is None else str(dimensions)}
         query = {name: value for name, value in asked.items() if value is not None}
-        parts = []
-        for start in range(0, max(len(table), 1), ROWS):
-            body = _stream(table.slice(start, ROWS))
-            headers = {"Content-Type": ARROW, "Accept": ARROW}
-            response = self._answered("POST", "/v1/embeddings", params=query, content=body, headers=headers)
-            if response.headers.get("Content-Type") != ARROW:
-                self._json(response)
-                raise ServiceUnreachable(self.url, "what answers there knows no Arrow streams")
-            parts.append(pa.ipc.open_stream(response.content).read_all())
-        return pa.concat_tables(parts)
+        rows = rows_at_once(table, ROWS)
+        starts = range(0, max(len(table), 1), rows)
+        return pa.concat_tables(part for start in starts for part in self._embedded(table.slice(start, rows), query))
+
+    def _embedded(self, table: pa.Table, query: Mapping[str, str]) -> list[pa.Table]:
+        """In one part, or in several where one would be too large."""
+        headers = {"Content-Type": ARROW, "Accept": ARROW}
+        response = self._answered("POST", "/v1/embeddings", params=query, content=_stream(table), headers=headers)
+        if response.status_code == TOO_LARGE and len(table) > 1:
+            half = len(table) // 2
+            return [*self._embedded(table.slice(0, half), query), *self._embedded(table.slice(half), query)]
+        if response.headers.get("Content-Type") != ARROW:
+            self._json(response)
+            raise ServiceUnreachable(self.url, "what answers there knows no Arrow streams")
+        return [pa.ipc.open_stream(response.content).read_all()]
 
     def put(self, table: pa.Table, model: str) -> dict[str, Any]:
         """Stores the items of a table whose ids are text; the answer is that of `POST /v1/items`."""
@@ -151,12 +162,20 @@ class Client:
         return job
 
 
+def rows_at_once(table: pa.Table, most: int) -> int:
+    """How many of its rows go into one request."""
+    return max(1, min(most, len(table) * BYTES // max(table.nbytes, 1)))
+
+
 def _segment(item_id: str) -> str:
     """An id as one segment of a path; a dot is encoded too, since `..` would be taken for a step up."""
     return quote(item_id, safe="").replace(".", "%2E")
 
 
 def _stream(table: pa.Table) -> bytes:
+    """Labels that are codes are written out: else each part would bring the labels of the whole table."""
+    names, columns = table.column_names, map(undictionaried, table.columns)
+    table = pa.Table.from_arrays([*columns], names).replace_schema_metadata(table.schema.metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

@@ -33,7 +33,7 @@ def url(toy_registry: Path, redis_url: str) -> Iterator[str]:
     listening, stop, where = threading.Event(), threading.Event(), []
 
     async def serve() -> None:
-        async with serving.running(toy_registry, redis_url) as service:
+        async with serving.running(toy_registry, redis_url, max_body_bytes=200_000) as service:
             await service.load()
             server = uvicorn.Server(uvicorn.Config(service.app, port=0, log_level="error", lifespan="off"))
             serve = asyncio.create_task(server.serve())
@@ -110,6 +110,31 @@ def test_a_table_is_loaded_as_columns_and_only_the_items_that_are_wrong_are_refu
     assert "65536" in done.reasons[0][1]
 
 
+def test_what_is_too_large_for_one_request_goes_in_several(client: Client) -> None:
+    model = client.call("GET", "/v1/models/toys")
+    rows = [{**toy, "sku": f"wide {i}", "notes": "x" * 30_000} for i, toy in enumerate(TOYS[:20])]
+    wide = pa.Table.from_pylist(rows)  # 600 kB, and a request takes 200
+    done = load_items(client, wide, model, all_columns=True)
+    assert (done.created, done.refused) == (20, 0)
+    assert client.item("wide 19", "toys") == {name: value for name, value in rows[19].items() if name != "sku"}
+    assert client.embed(wide)["id"].to_pylist() == [row["sku"] for row in rows]
+    rows[0] |= {f"more notes {i}": "y" * 60_000 for i in range(4)}
+    done = load_items(client, pa.Table.from_pylist(rows), model, all_columns=True)
+    assert (done.updated, done.refused_ids) == (19, {"wide 0"})
+    assert "200000 bytes" in done.reasons[0][1]
+
+
+def test_labels_that_are_codes_do_not_bring_all_labels_along_with_each_part(client: Client) -> None:
+    table = pa.Table.from_pylist([{**toy, "sku": f"coded {i}"} for i, toy in enumerate(TOYS)])
+    labels = [*table["maker"].unique().to_pylist(), *(f"{i:0100}" for i in range(3_000))]  # 300 kB
+    codes = pa.array([labels.index(maker) for maker in table["maker"].to_pylist()], pa.int32())
+    coded = table.set_column(table.column_names.index("maker"), "maker", pa.DictionaryArray.from_arrays(codes, labels))
+    done = load_items(client, coded, client.call("GET", "/v1/models/toys"))
+    assert (done.created, done.refused) == (40, 0)
+    assert client.item("coded 5", "toys") == ITEMS["toy 5"]
+    assert client.embed(coded)["embedding"].to_pylist() == client.embed(table)["embedding"].to_pylist()
+
+
 def test_vectors_that_a_version_made_of_a_table_are_stored_and_not_made_again(
     client: Client, url: str, toy_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +165,9 @@ def test_vectors_of_another_version_or_of_other_items_are_refused_in_one_line(
     right = read_table(embedded(tmp_path / "right", toy_registry, table))
     with pytest.raises(ConfigError, match="1 items have no vector, such as 'new'"):
         load_items(client, pa.Table.from_pylist([{**TOYS[0], "sku": "new"}]), model, vectors=right)
+    own = pa.Table.from_pylist([{**toy, "embedding": [1.0]} for toy in TOYS])
+    with pytest.raises(ConfigError, match="a column 'embedding' of its own"):
+        load_items(client, own, model, all_columns=True, vectors=right)
     for wrong in ([0.5] * 8, [1.0], [float("nan")] * 8):
         vectors = pa.table({"sku": ["a"], "embedding": [wrong]}, metadata={"fingerprint": model["fingerprint"]})
         with pytest.raises(ServiceProblem, match=r"422 /items/(0/)?embedding"):
