@@ -4,6 +4,7 @@ So the arrows of the packages hold (`training -> itemvec <- service`), a small i
 `itemvec --help` imports no torch.
 """
 
+import errno
 import json
 import os
 import sys
@@ -85,6 +86,7 @@ ORDER = {
     "serve": "Start the HTTP service.",
     "load": "Encode a table's items and store them for similarity queries.",
     "embed": "Print the embedding of items.",
+    "embed-table": "Write the vectors of a whole table to Parquet files.",
     "similar": "Print the nearest items of an item.",
 }
 
@@ -116,8 +118,10 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ITEMVEC_TRACEBACK"):
             raise
-        said = " ".join(str(error).split())[:500] or "no reason given"
-        print(f"itemvec: {type(error).__name__}: {said} (ITEMVEC_TRACEBACK=1 shows where)", file=sys.stderr)
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no reason given'}"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            said = "a disk is full: that of the registry, the runs, the output or the temporary folder (TMPDIR)"
+        print(f"itemvec: {said} (ITEMVEC_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(1)
 
 

@@ -84,6 +84,8 @@ def _choose(name: str, column: pa.ChunkedArray) -> Choice:
     present = column.drop_null()
     if not name or len(name) > 200:
         return Choice(name, None, "a column needs a name, of 200 characters at most")
+    if name == "id":
+        return Choice(name, None, "over HTTP every item has its id under this name: rename the column to use it")
     if len(present) == 0:
         return Choice(name, None, "every value is missing")
     if at.is_list(kind) or at.is_large_list(kind) or at.is_fixed_size_list(kind):

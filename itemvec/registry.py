@@ -24,7 +24,8 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
 _ALIASES_FILE = "aliases.json"
 _Aliases = TypeAdapter(dict[str, int])
-_REF = re.compile(r"(?P<name>[a-z0-9][a-z0-9_.-]{0,63})(?:@(?P<which>[a-z]+|[0-9]{1,9}))?")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class Registry:
@@ -42,7 +43,7 @@ class Registry:
 
     def versions(self, name: str) -> list[int]:
         """Published versions, oldest first. Raises ModelNotFound."""
-        versions = self.root.versions(name) if _REF.fullmatch(name) else None
+        versions = self.root.versions(name) if _NAME.fullmatch(name) else None
         if versions is None:
             raise ModelNotFound(name, self.names())
         return versions
@@ -52,14 +53,12 @@ class Registry:
 
     def resolve(self, ref: str) -> tuple[str, int]:
         """(name, version). Raises ModelNotFound, VersionNotFound."""
-        match = _REF.fullmatch(ref)
-        if match is None:
-            raise ModelNotFound(ref, self.names())
-        name, which = match["name"], match["which"] or CHAMPION
+        name, at, which = ref.partition("@")
+        which = which if at else CHAMPION
         versions = self.versions(name)
-        version = int(which) if which.isdigit() else self.aliases(name).get(which)
+        version = int(which) if _NUMBER.fullmatch(which) else self.aliases(name).get(which)
         if version is None or version not in versions:
-            raise VersionNotFound(name, which, versions)
+            raise VersionNotFound(name, which[:40], versions)
         return name, version
 
     def path(self, name: str, version: int) -> Path:

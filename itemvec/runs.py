@@ -33,6 +33,9 @@ LEASE_SECONDS = 60.0
 KEPT = 100
 """Records of a model; older ones are removed."""
 
+NOT_NOW = (OSError, RegistryError)
+"""What a registry that does not answer raises: the next beat of the lease may find it well again."""
+
 RUNS, LEASE = "runs", "lease"
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}-[0-9a-f]{4}")
 
@@ -170,7 +173,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._heart.join()
-        with contextlib.suppress(LeaseLost):
+        with contextlib.suppress(LeaseLost, *NOT_NOW):  # if it cannot be given back now, it runs out
             self.check()
             self._write(0.0)
 
@@ -198,7 +201,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(LEASE_SECONDS / 6):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*NOT_NOW):
                 if _last(self._root, self._name) != self.token:
                     return
                 self._write(LEASE_SECONDS)

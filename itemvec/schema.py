@@ -311,6 +311,8 @@ class FeatureSchema(BaseModel):
             raise ValueError(f"features named twice: {', '.join(twice)}")
         if self.id in names:
             raise ValueError(f"the id column {self.id!r} cannot be a feature: it would be learned by heart")
+        if "id" in names:
+            raise ValueError(f"a feature cannot be named 'id', as over HTTP that is {self.id!r}: rename the column")
         return self
 
     def feature(self, name: str) -> "AnyFeature":
@@ -396,5 +398,7 @@ def _in_one_line(error: ValidationError, content: dict[str, Any]) -> str:
             text = f"has no kind; it is one of {', '.join(KINDS)}"
         elif mistake["type"] == "extra_forbidden":
             text = "no such setting"
+        elif mistake["type"] == "string_pattern_mismatch":  # only a model's name has one
+            text = f"{mistake['input']!r} is not up to 64 of a-z, 0-9, _, . and -, with a letter or digit first"
         sentences.append(f"{'.'.join(where)}: {text}" if where else text)
     return "; ".join(sentences)

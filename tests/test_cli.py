@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -28,6 +29,11 @@ def embed(registry, *words, text=None):
     done = run("embed", *words, "--registry", registry.url, text=text)
     assert done.exit_code == 0, done.output
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_help_names_every_command():
+    assert set(itemvec.cli.ORDER) == {*itemvec.cli.cli.commands, *itemvec.cli.cli.found}
+    assert "embed-table" in run("--help").output
 
 
 def test_a_schema_is_inferred_written_and_found_good(tmp_path):
@@ -120,6 +126,17 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
         itemvec.cli.main()
 
 
+def test_a_full_disk_is_named_as_that(monkeypatch, capsys):
+    def fail():
+        with Path("/dev/full").open("wb", buffering=0) as full:  # every write to it fails so
+            full.write(b"x")
+
+    monkeypatch.setattr(itemvec.cli, "cli", fail)
+    with pytest.raises(SystemExit):
+        itemvec.cli.main()
+    assert "a disk is full: that of the registry, the runs" in capsys.readouterr().err
+
+
 def test_brackets_in_a_table_are_no_markup(tmp_path):
     (tmp_path / "t.csv").write_text("id,[/b] x\n1,[/x]\n2,[/x]\n")
     (tmp_path / "s.yaml").write_text("name: t\nid: id\nfeatures: {'[/b] x': {kind: nominal}}")
@@ -144,3 +161,9 @@ def test_an_error_may_choose_its_exit_status(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         itemvec.cli.main()
     assert stopped.value.code == 3 and capsys.readouterr().err == "itemvec: the gate said no\n"
+
+
+def test_a_setting_that_is_no_yaml_is_a_mistake_in_how_the_command_is_called(tmp_path):
+    (tmp_path / "s.yaml").write_text("name: a\nid: i\nfeatures: {x: {kind: text}}")
+    done = run("train", "t.csv", "--schema", tmp_path / "s.yaml", "--set", "encoder.hidden=[64")
+    assert done.exit_code == 2 and "the value in 'encoder.hidden=[64' is not YAML" in done.output

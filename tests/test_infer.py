@@ -135,3 +135,10 @@ def test_a_table_without_rows_says_so():
 def test_a_table_with_nothing_to_learn_is_refused():
     with pytest.raises(TableError, match="no column can be learned from"):
         infer_schema(pa.table({"id": IDS, "x": ["same"] * N}), "t")
+
+
+def test_a_column_that_would_hide_the_id_over_http_is_left_out_with_the_way_out():
+    table = pa.table({"sku": IDS, "id": ["a", "b"] * 20, "n": list(range(N))})
+    inferred = infer_schema(table, "t", id_column="sku")
+    assert [feature.name for feature in inferred.schema.features] == ["n"]
+    assert "#   id: over HTTP every item has its id under this name: rename the column" in inferred.to_yaml()

@@ -56,8 +56,10 @@ def test_what_is_not_there_is_answered_with_what_is(registry, tmp_path):
         registry.resolve("t@9")
     with pytest.raises(VersionNotFound, match="'champion'"):
         registry.resolve("t")
-    for ref in ("../../etc", "t@" + "9" * 5000):
-        with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelNotFound):
+        registry.resolve("../../etc")
+    for ref in ("t@Champion", "t@", "t@-1", "t@../2", "t@" + "9" * 5000):
+        with pytest.raises(VersionNotFound, match="there is 1, 2, 3"):
             registry.resolve(ref)
     with pytest.raises(VersionNotFound):
         registry.promote("t", 9)

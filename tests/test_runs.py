@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import serving
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from itemvec import runs
 from itemvec.cli import cli
-from itemvec.errors import RunNotFound
+from itemvec.errors import RegistryError, RunNotFound
 from itemvec.registry import Registry
 from itemvec.runs import KEPT, Lease, LeaseLost, LeaseTaken, Run, Runs, Step, new_run_id
 
@@ -78,6 +79,32 @@ def test_who_stood_still_for_too_long_finds_that_another_took_over(
             quick.check()
             with pytest.raises(LeaseLost, match="another process took over the retraining of toys"):
                 slow.check()
+
+
+def test_a_registry_that_did_not_answer_once_costs_nobody_the_lease(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LEASE_SECONDS", 0.06)  # a beat each 10 ms
+    beats, well = [], threading.Event()
+
+    class Flaky:
+        """The registry's root, of which every other beat is lost."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(registry.root, name)
+
+        def replace(self, name: str, file: str, content: bytes) -> None:
+            beats.append(file)
+            if len(beats) % 2:
+                raise RegistryError("cannot use the registry: it did not answer in time")
+            registry.root.replace(name, file, content)
+            if len(beats) > 4:
+                well.set()
+
+    with Lease(registry, "toys") as lease:
+        monkeypatch.setattr(lease, "_root", Flaky())
+        assert well.wait(30)
+        lease.check()
 
 
 def test_the_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_settings_are_written_out_so_that_a_later_default_cannot_change_a_model(
         ("{x: {kind: text, words: 0, characters: null}}", "leave nothing to read"),
         ("{x: {kind: text, characters: [4, 2]}}", "shortest <= longest"),
         ("{i: {kind: nominal}}", "the id column 'i' cannot be a feature"),
+        ("{id: {kind: nominal}}", "a feature cannot be named 'id', as over HTTP that is 'i'"),
         ("{}", "at least 1"),
         ("{x: {kind: nominal, labels: [a, ' a']}}", "the labels name a label twice"),
         ("{x: {kind: nominal, labels: [a, 1]}}", "the labels are of dtype string, and 1 is not"),
@@ -70,7 +71,7 @@ def test_a_mistake_is_named_by_its_place_in_one_line(features, said):
 
 @pytest.mark.parametrize("name", ["Films", "a/b", "a@b", "", "a b", "..", "x" * 65])
 def test_a_model_name_is_safe_in_paths_keys_and_urls(name):
-    with pytest.raises(SchemaError, match="name"):
+    with pytest.raises(SchemaError, match=r"name: .* is not up to 64 of a-z, 0-9"):
         FeatureSchema.from_yaml(f"name: {name!r}\nid: i\nfeatures: {{x: {{kind: text}}}}")
 
 

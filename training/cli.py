@@ -500,7 +500,10 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise click.UsageError(f"{text!r} is not NAME=VALUE")
-    return name.strip(), yaml.safe_load(value)
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"the value in {text!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _figures(column: dict[str, Any]) -> str:
