@@ -187,6 +187,8 @@ class EmbeddedRedis:
                     raise ConfigError(f"the embedded Redis did not answer in {self._start_timeout:g} s, see {self.log}")
             try:
                 _prove_engine(client)
+            except redis.OutOfMemoryError:  # it answered, and what is full can still be read and emptied
+                pass
             except redis.RedisError as error:
                 raise ConfigError(f"the embedded Redis and its query engine do not fit: {error}") from error
 

@@ -165,6 +165,8 @@ note(KEYS[1], KEYS[2], changed, {})
 
 TICK = """
 -- Moves the numbers of exact indexes on: microseconds since 1970, or one more. KEYS: the hash; ARGV: fingerprints
+-- Where Redis is full a script may write on after a write that takes no memory: a deletion has to be told even so.
+redis.call('HDEL', KEYS[1], '')
 for _, fp in ipairs(ARGV) do
   if redis.call('HEXISTS', KEYS[1], fp .. ':made') == 1 then
     local time = redis.call('TIME')

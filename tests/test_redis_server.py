@@ -90,6 +90,17 @@ def test_it_never_evicts(tmp_path: Path) -> None:
         assert client.get("first") == b"1"
 
 
+def test_a_server_that_is_full_starts_again_and_can_be_read_and_emptied(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server, client_of(server) as client:
+        client.set("large", bytes(4_000_000))
+    with EmbeddedRedis(tmp_path, maxmemory="3mb") as server, client_of(server) as client:
+        with pytest.raises(redis.OutOfMemoryError):
+            client.set("more", "1")
+        assert client.strlen("large") == 4_000_000
+        client.delete("large")
+        client.set("more", "1")
+
+
 def test_a_second_server_on_the_same_folder_is_refused_with_the_pid(server: EmbeddedRedis) -> None:
     with pytest.raises(ConfigError, match=f"in use by the redis-server with pid {server.pid}") as refusal:
         EmbeddedRedis(server.data_dir).start()

@@ -323,6 +323,24 @@ async def test_a_delete_reaches_a_version_that_another_replica_made_live(store: 
     assert await other.get_vectors("movies", "bb", ["tt1"]) == [None]
 
 
+@pytest.mark.parametrize("mode", ["flat", "exact"])
+async def test_what_is_deleted_from_a_full_store_is_gone_and_makes_room(
+    store: Store, raw_redis: redis.Redis, mode: Mode
+) -> None:
+    await store.indexes.ensure("movies", "aa", 2, mode=mode)
+    await store.mark_live("movies", "aa", "movies@1")
+    await store.put("movies", ["east", "north"], [b"{}"] * 2, {"aa": rows((1, 0), (0, 1))})
+    raw_redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreUnavailable, match="full"):
+            await store.put("movies", ["west"], [b"{}"], {"aa": rows((-1, 0))})
+        assert await store.delete("movies", ["east"]) == [True]
+        assert [found.id for found in await store.search("movies", "aa", rows((1, 0))[0], k=3)] == ["north"]
+        assert await store.count("movies") == 1
+    finally:
+        raw_redis.config_set("maxmemory", 0)
+
+
 # Versions
 
 
