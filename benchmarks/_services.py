@@ -52,8 +52,32 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise RuntimeError(f"{log.stem} did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
+def halt(process: subprocess.Popen[bytes]) -> None:
+    """The process and all that it started stand still until `go_on`: idle servers take their share of the cores too."""
+    _signal(process, signal.SIGSTOP)
+
+
+def go_on(process: subprocess.Popen[bytes]) -> None:
+    _signal(process, signal.SIGCONT)
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    for pid in _session(process):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _session(process: subprocess.Popen[bytes]) -> Iterator[int]:
+    """The ids of the processes in the session that it leads."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3]) == process.pid:
+                yield int(folder.name)
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """The process and all that it started: they share its session."""
+    go_on(process)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -86,27 +110,24 @@ def itemvec(
 
 
 @contextmanager
-def peer(name: str, python: str, version: Path, folder: Path) -> Iterator[int]:
-    """One of `benchmarks.peers`, run by the interpreter `python`: its port."""
+def peer(name: str, python: str, version: Path, folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """One of `benchmarks.peers`, run by the interpreter `python`: its port and its process."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     # A home of its own, where BentoML and LitServe leave files; nothing is told to anybody.
     environment = {"PYTHONPATH": paths, "HOME": str(folder), "BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}
     command = [python, "-m", f"benchmarks.peers.{name}", str(port), str(version)]
-    with started(command, f"http://127.0.0.1:{port}/embed", folder / f"{name}.log", environment):
-        yield port
+    with started(command, f"http://127.0.0.1:{port}/embed", folder / f"{name}.log", environment) as process:
+        yield port, process
 
 
 def memory_of(process: subprocess.Popen[bytes], title: str) -> list[float]:
     """MB of each process in its session whose title begins so."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            session = (folder / "stat").read_text().rsplit(")", 1)[1].split()[3]
-            if int(session) == process.pid and (folder / "cmdline").read_text().startswith(title):
+    for folder in (Path(f"/proc/{pid}") for pid in _session(process)):
+        with suppress(OSError, StopIteration):
+            if (folder / "cmdline").read_text().startswith(title):
                 lines = (folder / "smaps_rollup").read_text().splitlines()
                 found.append(next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024)
-        except (OSError, IndexError, StopIteration):
-            continue
     return found

@@ -2,12 +2,15 @@
 results.json, serving.png and the servers' logs.
 
     encode   one item a request at 1, 16 and 64 connections: itemvec, and the same trained encoder behind FastAPI and
-             uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up at once and take turns, medians of rounds
+             uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up and take turns, medians of rounds
     bulk     1,024 items a request, over two connections; and the share of what encoding alone does in one process
     limit    the same of itemvec with no peer beside it
     similar  neighbors by id over HTTP against the bare FT.SEARCH, with a filter of 1 % and without; recall@10
     load     bulk upserts over HTTP, and the store alone against Redis alone that takes the same writes
     growth   by items a request, replicas, the catalogue and the vocabulary: latency, throughput, memory
+
+All servers are up from the first measurement to the last, and while one has its turn the others stand still (SIGSTOP):
+what idle servers do, twenty processes and more, would be counted against whoever is measured.
 
 Throughput is wrk's. Latencies are those of requests that are due at an even rate (`benchmarks/_load.py`), for all
 servers the same: half of what the plain application takes at so many connections.
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,7 +45,7 @@ import torch
 from benchmarks import _neighbors as neighbors
 from benchmarks import _services as services
 from benchmarks import store as store_alone
-from benchmarks._load import Caller, Requests, Target, flood, needs_wrk, offer
+from benchmarks._load import Caller, Requests, Target, Waits, flood, needs_wrk, offer
 from benchmarks._neighbors import Catalogue
 from benchmarks.cache import EXAMPLES
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
@@ -57,6 +61,9 @@ from service.runtime import stop_signals
 SECTIONS = ("encode", "bulk", "limit", "similar", "load", "growth")
 CONNECTIONS = (1, 16, 64)
 BULK = 1024
+AWAKE = 1.0
+"""Seconds that a server has to see that time went by while it stood still."""
+
 PEERS = {"plain": "FastAPI + uvicorn", "bento": "BentoML", "lit": "LitServe", "ray_serve": "Ray Serve, defaults"}
 DIRECT = "itemvec, direct_port"
 EXTRA = ("bento", "lit")
@@ -104,65 +111,93 @@ def train(registry: Path, schema: Path) -> None:
 # --- one item and many, against the peers -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Server:
+    target: Target
+    process: Process
+
+    @contextlib.contextmanager
+    def turn(self, warm_up: Requests, connections: int) -> Iterator[Target]:
+        """It runs while the block does, and has had a few requests before."""
+        services.go_on(self.process)
+        time.sleep(AWAKE)
+        flood(self.target, warm_up, connections, 1.0)
+        yield self.target
+        services.halt(self.process)
+
+
 @contextlib.contextmanager
-def all_up(bench: Bench) -> Iterator[dict[str, Target]]:
-    """Name -> where it encodes, of all that start."""
+def all_up(bench: Bench) -> Iterator[dict[str, Server]]:
+    """Name -> server, of all that start. They stand still."""
     with contextlib.ExitStack() as stack:
         direct = services.free_port()
-        port, _ = stack.enter_context(bench.serve(environment={"ITEMVEC_DIRECT_PORT": str(direct)}))
-        targets = {name: Target(at, "/v1/embeddings") for name, at in (("itemvec", port), (DIRECT, direct))}
+        port, process = stack.enter_context(bench.serve(environment={"ITEMVEC_DIRECT_PORT": str(direct)}))
+        ours = ((name, Target(at, "/v1/embeddings")) for name, at in (("itemvec", port), (DIRECT, direct)))
+        servers = {name: Server(target, process) for name, target in ours}
         for name, title in PEERS.items():
             python = bench.peer_python if name in EXTRA else sys.executable
             try:
-                port = stack.enter_context(services.peer(name, python, bench.folder, bench.out / name))
+                port, process = stack.enter_context(services.peer(name, python, bench.folder, bench.out / name))
             except RuntimeError as error:
                 click.echo(f"{title} is missing: {str(error).strip().splitlines()[-1]}", err=True)
             else:
-                targets[title] = Target(port, "/embed")
+                servers[title] = Server(Target(port, "/embed"), process)
         first = bench.bodies(1).take()
-        for name, target in targets.items():
+        for name, server in servers.items():
+            target = server.target
             answer = httpx.post(f"http://127.0.0.1:{target.port}{target.path}", content=first, headers=_headers(target))
             assert answer.status_code == 200, (name, answer.text)
-        yield targets
+        for server in servers.values():
+            services.halt(server.process)
+        yield servers
 
 
-def encode(bench: Bench, targets: Mapping[str, Target]) -> list[Row]:
+def encode(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
     requests = bench.bodies(1)
     rows = []
     for connections in CONNECTIONS:
-        for target in targets.values():
-            flood(target, requests, connections, 1.0)
-        rates = _rounds(bench, targets, lambda target, n=connections: flood(target, requests, n, bench.seconds))  # type: ignore[misc]
-        offered = rates[PEERS["plain"]] / 2 if PEERS["plain"] in rates else rates["itemvec"] / 4
-        p50, p99, late = {}, {}, {}
-        for name, target in targets.items():
-            waits = [offer(target, requests, connections, offered, bench.seconds) for _ in range(bench.rounds)]
-            p50[name], p99[name] = (statistics.median(wait.at(p) * 1e3 for wait in waits) for p in (50, 99))
-            late[name] = sum(wait.unanswered for wait in waits)
-        for name in targets:
-            row = {"server": name, "connections": connections, "requests/s": rates[name], "offered/s": offered}
-            rows.append(row | {"p50 ms": p50[name], "p99 ms": p99[name], "unanswered": late[name]})
+        rates, waits = dict[str, list[float]](), dict[str, list[Waits]]()
+        for _ in range(bench.rounds):
+            for name, server in servers.items():
+                with server.turn(requests, connections) as target:
+                    rates.setdefault(name, []).append(flood(target, requests, connections, bench.seconds))
+        rate = {name: statistics.median(found) for name, found in rates.items()}
+        offered = rate[PEERS["plain"]] / 2 if PEERS["plain"] in rate else rate["itemvec"] / 4
+        for _ in range(bench.rounds):
+            for name, server in servers.items():
+                with server.turn(requests, connections) as target:
+                    found = offer(target, requests, connections, offered, bench.seconds)
+                    waits.setdefault(name, []).append(found)
+        for name in servers:
+            p50, p99 = (statistics.median(wait.at(p) * 1e3 for wait in waits[name]) for p in (50, 99))
+            late = sum(wait.unanswered for wait in waits[name])
+            row = {"server": name, "connections": connections, "requests/s": rate[name], "offered/s": offered}
+            rows.append(row | {"p50 ms": p50, "p99 ms": p99, "unanswered": late})
     return rows
 
 
-def bulk(bench: Bench, targets: Mapping[str, Target]) -> list[Row]:
-    def rate(target: Target, requests: Requests) -> float:
-        return flood(target, requests, 2, bench.seconds) * BULK
-
-    ours = targets["itemvec"]
-    stream = Target(ours.port, ours.path, STREAM.decode())
+def bulk(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
+    ours = servers["itemvec"]
     floats, base64, arrow = bench.bodies(BULK), bench.bodies(BULK, encoding_format="base64"), bench.arrow_bodies(BULK)
+    streams = Server(Target(ours.target.port, ours.target.path, STREAM.decode()), ours.process)
+
+    def over_http(server: Server, requests: Requests) -> Callable[[], float]:
+        def items_a_second() -> float:
+            with server.turn(requests, 2) as target:
+                return flood(target, requests, 2, bench.seconds) * BULK
+
+        return items_a_second
+
     ways: dict[str, Callable[[], float]] = {
-        "itemvec, JSON floats": lambda: rate(ours, floats),
-        "itemvec, base64": lambda: rate(ours, base64),
-        "itemvec, Arrow": lambda: rate(stream, arrow),
+        "itemvec, JSON floats": over_http(ours, floats),
+        "itemvec, base64": over_http(ours, base64),
+        "itemvec, Arrow": over_http(streams, arrow),
         "in process, items": lambda: _alone(bench, lambda at: bench.version.encode(bench.items[at : at + BULK])),
         "in process, Arrow": lambda: _alone(
             bench, lambda at: bench.version.encode_arrow(bench.columns.slice(at, BULK))
         ),
     }
-    peers = {name: target for name, target in targets.items() if name in PEERS.values()}
-    ways |= {name: lambda target=t: rate(target, floats) for name, t in peers.items()}  # type: ignore[misc]
+    ways |= {name: over_http(server, floats) for name, server in servers.items() if name in PEERS.values()}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(bench.rounds + 1):
         for name, way in ways.items():
@@ -171,15 +206,15 @@ def bulk(bench: Bench, targets: Mapping[str, Target]) -> list[Row]:
                 rates[name].append(found)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     rows = []
-    for name, found in medians.items():
+    for name, rate in medians.items():
         limit = medians["in process, Arrow" if name.endswith("Arrow") else "in process, items"]
-        rows.append({"way": name, "items/s": found, "share of the limit": found / limit})
+        rows.append({"way": name, "items/s": rate, "share of the limit": rate / limit})
     return rows
 
 
 def limit(bench: Bench) -> list[Row]:
-    with bench.serve("limit") as (port, _):
-        return bulk(bench, {"itemvec": Target(port, "/v1/embeddings")})
+    with bench.serve("limit") as (port, process):
+        return bulk(bench, {"itemvec": Server(Target(port, "/v1/embeddings"), process)})
 
 
 def _alone(bench: Bench, work: Callable[[int], object]) -> float:
@@ -293,15 +328,6 @@ def _wide(labels: int) -> tuple[ModelVersion, list[Row]]:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _rounds(bench: Bench, targets: Mapping[str, Target], measure: Callable[[Target], float]) -> dict[str, float]:
-    """Medians, of rounds in which the servers take turns."""
-    found: dict[str, list[float]] = {name: [] for name in targets}
-    for _ in range(bench.rounds):
-        for name, target in targets.items():
-            found[name].append(measure(target))
-    return {name: statistics.median(rates) for name, rates in found.items()}
-
-
 def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
@@ -367,10 +393,10 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
         (bench.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
 
     if {"encode", "bulk"} & set(wanted):
-        with all_up(bench) as targets:
+        with all_up(bench) as servers:
             for section in (encode, bulk):
                 if section.__name__ in wanted:
-                    keep(section.__name__, section(bench, targets))
+                    keep(section.__name__, section(bench, servers))
     for section in (limit, similar, load, growth):
         if section.__name__ in wanted:
             keep(section.__name__, section(bench))

@@ -9,11 +9,16 @@ import asyncio
 import contextlib
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from itemvec.errors import ConfigError
+
+BUFFER: Final = 1 << 20
+"""Bytes of an answer that the system takes at once, or as many as it allows. By default Linux takes 208 kB, and the
+rest of a bulk answer waits until the event loop comes round again."""
 
 
 def listen(app: Any, host: str, port: int) -> "asyncio.Task[None]":
@@ -31,7 +36,7 @@ def listen(app: Any, host: str, port: int) -> "asyncio.Task[None]":
 async def listen_for_haproxy(app: Any, path: Path) -> "asyncio.Task[None]":
     """Answers on the Unix socket `path`, which is there when this returns, until the task is cancelled."""
     # HAProxy decides when an idle connection ends: one that ends as it sends a request is a request that fails.
-    server = _Server(_settings(app, uds=str(path), timeout_keep_alive=3600))
+    server = _Server(_settings(app, uds=str(path), timeout_keep_alive=3600, http=_Buffered))
     task = asyncio.get_running_loop().create_task(_answer(server))
     while not server.started and not task.done():  # noqa: ASYNC110 uvicorn has no event for it
         await asyncio.sleep(0.01)
@@ -54,3 +59,11 @@ class _Server(uvicorn.Server):
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
+
+
+class _Buffered(HttpToolsProtocol):
+    """Takes `BUFFER` bytes of an answer at once."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)

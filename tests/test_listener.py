@@ -1,4 +1,5 @@
 import asyncio
+import socket
 
 import httpx
 import pytest
@@ -42,6 +43,22 @@ async def test_an_address_of_another_machine_is_refused_by_name():
         listen(answering(b""), "192.0.2.1", 8123)
 
 
+async def test_an_answer_of_many_items_is_taken_by_the_system_before_haproxy_reads_it(tmp_path):
+    sent = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await answering(bytes(300_000))(scope, receive, send)  # more than the 208 kB of a socket as it comes, and 64 kB
+        sent.set()
+
+    task = await listen_for_haproxy(app, tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as caller:  # which never reads
+        caller.connect(str(tmp_path / "socket"))
+        caller.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+        await asyncio.wait_for(sent.wait(), 5)
+    task.cancel()
+    await asyncio.wait([task])
+
+
 async def test_what_a_listener_has_in_hand_is_answered_before_the_application_ends(tmp_path):
     ended, asked = asyncio.Event(), asyncio.Event()
 
@@ -54,13 +71,13 @@ async def test_what_a_listener_has_in_hand_is_answered_before_the_application_en
         await asyncio.sleep(0.3)
         await answering(b"too late" if ended.is_set() else b"in time")(scope, receive, send)
 
-    socket = tmp_path / "socket"
-    behind = BehindServe(app, [await listen_for_haproxy(app, socket)])
+    path = tmp_path / "socket"
+    behind = BehindServe(app, [await listen_for_haproxy(app, path)])
 
     async def told():
         return {"type": "lifespan.shutdown"}
 
-    transport = httpx.AsyncHTTPTransport(uds=str(socket))
+    transport = httpx.AsyncHTTPTransport(uds=str(path))
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         request = asyncio.create_task(client.get("/"))
         await asked.wait()
