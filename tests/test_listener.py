@@ -47,7 +47,10 @@ async def test_an_answer_of_many_items_is_taken_by_the_system_before_haproxy_rea
     sent = asyncio.Event()
 
     async def app(scope, receive, send):
-        await answering(bytes(300_000))(scope, receive, send)  # more than the 208 kB of a socket as it comes, and 64 kB
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        # More than the 208 kB of a socket as it comes, and the 64 kB that uvicorn holds back before it waits.
+        await send({"type": "http.response.body", "body": bytes(300_000), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
         sent.set()
 
     task = await listen_for_haproxy(app, tmp_path / "socket")
