@@ -164,7 +164,8 @@ class Client:
 
 def rows_at_once(table: pa.Table, most: int) -> int:
     """How many of its rows go into one request."""
-    return max(1, min(most, len(table) * BYTES // max(table.nbytes, 1)))
+    size: int = table.nbytes
+    return max(1, min(most, len(table) * BYTES // max(size, 1)))
 
 
 def _segment(item_id: str) -> str:

@@ -86,7 +86,6 @@ class Indexes:
         chosen = choose_mode(mode or self._wanted, items_hint, server, self._bulk.address)
         index = Index(chosen, dim, dict(fields or {}), logged=chosen == "exact")
         await self._bulk.command("SREM", space.ready, fp)
-        await self._remove_orphans(name, fp)
         won = bool(await self._bulk.command("HSETNX", space.indexes, fp, index.to_bytes()))
         if won and index.mode == "exact":
             await self._bulk.command("HSET", space.ticks, f"{fp}:made", secrets.token_hex(8))
@@ -160,6 +159,10 @@ class Indexes:
         """How it is searched, as far as this replica has heard; raises `NoIndex`."""
         return self._known.get((name, fp)) or await self._read(self._hot, name, fp)
 
+    async def fingerprints(self, name: str) -> set[str]:
+        """Of all versions that have an index, live or not."""
+        return {fp.decode() for fp in await self._bulk.command("HKEYS", Space(name).indexes)}
+
     def is_known(self, name: str, fp: str) -> bool:
         """Has this replica heard of it?"""
         return (name, fp) in self._known
@@ -184,6 +187,13 @@ class Indexes:
             names += [prefix + keys[i] for i in positions for prefix in prefixes]
             commands.append(("EVAL", scripts.REMOVE_ORPHANS, len(names), *names, len(prefixes[0]) + 1))
         await self._bulk.pipeline(commands, [("EVAL", scripts.TICK, 1, space.ticks, fp)])
+
+    async def remove_orphans(self, name: str, fp: str) -> None:
+        """Removes vectors without an item: a write that was under way when its version was dropped left them, or an
+        item was deleted while the version was not live. To be called when it is: from then on none are left."""
+        start = len(Space(name).vector_prefix(fp, 0))
+        async for keys in self._bulk.scan(Space(name).vectors(fp) + "*"):
+            await self.remove_if_orphan(name, fp, [key[start:] for key in keys])
 
     # Helpers
 
@@ -270,16 +280,6 @@ class Indexes:
                 names = [space.log(fp, bucket), space.gone(fp, bucket), *(keys[i] for i in positions)]
                 commands.append(("EVAL", scripts.LOG, len(names), *names, start + 1))
             await self._bulk.pipeline(commands)
-
-    async def _remove_orphans(self, name: str, fp: str) -> None:
-        """A write that was under way when its version was dropped leaves a vector behind.
-
-        That of an item deleted since must not come back. Only vectors without an item go, so a replica that
-        already loads this version loses nothing.
-        """
-        start = len(Space(name).vector_prefix(fp, 0))
-        async for keys in self._bulk.scan(Space(name).vectors(fp) + "*"):
-            await self.remove_if_orphan(name, fp, [key[start:] for key in keys])
 
     async def _unlink(self, *patterns: str) -> None:
         for pattern in patterns:

@@ -1,5 +1,7 @@
 """Items on their way into the store: encoded by every live version, acknowledged when each of them has the vector."""
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -8,13 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from itemvec.errors import FieldError, InvalidItem, StoreUnavailable
+from itemvec.errors import FieldError, InvalidItem, ModelNotFound, StoreUnavailable, VersionCorrupt, VersionNotFound
 from itemvec.features import Status
 from itemvec.version import ModelVersion
 from service import attributes
 from service.index import NoIndex
 from service.models import LoadedModels
 from service.store import Encoded, Store
+
+log = logging.getLogger("itemvec.service")
 
 Item = Mapping[str, Any]
 
@@ -144,19 +148,32 @@ class ItemWriter:
         for fingerprint, ref in live.items():
             if fingerprint == version.fingerprint:
                 fitting = Fitting(list(range(len(items))), vectors, [], {})
-                made[fingerprint] = encoded(await self._models.get(ref), items, fitting)
-            else:
-                made[fingerprint] = await self._encoded(ref, items)
+                made[fingerprint] = encoded(await self._loaded(ref) or version, items, fitting)
+            elif (other := await self._encoded(name, fingerprint, ref, items)) is not None:
+                made[fingerprint] = other
         written = await self._store.put(name, ids, raws, made)
         for fingerprint, ref in written.live.items():
             # Live since we looked, so its backfill may have passed these items already; or of another version now,
             # that has the same network but other columns to filter by.
             if live.get(fingerprint) != ref:
-                late = await self._encoded(ref, items)
-                await self._store.add_vectors(name, fingerprint, ids, written.revs, late)
+                late = await self._encoded(name, fingerprint, ref, items)
+                if late is not None:
+                    await self._store.add_vectors(name, fingerprint, ids, written.revs, late)
         self._live[name] = written.live  # only after a write that went well: the next one starts from what is true
         return written.created
 
-    async def _encoded(self, ref: str, items: Sequence[Item]) -> Encoded:
-        version = await self._models.get(ref)
+    async def _encoded(self, name: str, fingerprint: str, ref: str, items: Sequence[Item]) -> Encoded | None:
+        """None of a version that is gone or damaged. No write can reach it then, so it is live no more: its index would
+        lack what is written from now on."""
+        version = await self._loaded(ref)
+        if version is None:
+            log.warning("%s cannot be loaded any more: it is not searched, and writes leave it out", ref)
+            await self._store.unmark_live(name, fingerprint)
+            return None
         return encoded(version, items, await encode_fitting(self._models, version, items))
+
+    async def _loaded(self, ref: str) -> ModelVersion | None:
+        """None where it is gone or damaged."""
+        with contextlib.suppress(ModelNotFound, VersionCorrupt, VersionNotFound):
+            return await self._models.get(ref)
+        return None

@@ -26,7 +26,6 @@ from typing import Any, Literal, Protocol
 import orjson
 
 from itemvec.errors import ItemvecError, StoreUnavailable
-from itemvec.registry import CHALLENGER, CHAMPION, PREVIOUS
 from itemvec.version import ModelVersion
 from service import attributes
 from service.items import encode_fitting, encoded
@@ -295,6 +294,7 @@ class Promotions:
         fields = attributes.index_fields(version.schema)
         await store.indexes.ensure(name, fingerprint, version.dim, items_hint=await store.count(name), fields=fields)
         await store.mark_live(name, fingerprint, version.ref)
+        await store.indexes.remove_orphans(name, fingerprint)
         for tries_left in reversed(range(SCAN_TRIES)):
             try:
                 await self._encode_stored(job, version)
@@ -373,20 +373,24 @@ class Promotions:
                 return  # the promotion that runs now will see to it
             renewal = asyncio.create_task(self._renew(name, me))
             try:
-                aliases = await self._models.in_thread(self._models.registry.aliases, name)
-                kept = {f"{name}@{aliases[alias]}" for alias in (CHAMPION, PREVIOUS) if alias in aliases}
-                challenger = f"{name}@{aliases.get(CHALLENGER)}"
-                kept_fingerprints = {(await self._models.get(ref)).fingerprint for ref in kept}
-                for fingerprint, ref in (await self._store.live(name)).items():
-                    if fingerprint not in kept_fingerprints and ref != challenger:
-                        if not await self._store.leases.renew(name, me, LEASE_SECONDS):
-                            return  # a promotion that runs now may need it
-                        await self._store.unmark_live(name, fingerprint)
-                        await self._store.indexes.drop(name, fingerprint)
-                        log.info("dropped the index and the vectors of %s", ref)
+                kept = await self._models.in_thread(self._named, name)
+                there = await self._store.indexes.fingerprints(name) | (await self._store.live(name)).keys()
+                for fingerprint in there - kept:
+                    if not await self._store.leases.renew(name, me, LEASE_SECONDS):
+                        return  # a promotion that runs now may need it
+                    await self._store.unmark_live(name, fingerprint)
+                    await self._store.indexes.drop(name, fingerprint)
+                    log.info("dropped the index and the vectors of an old version of %s (%s)", name, fingerprint)
+            except ItemvecError as error:  # a registry that does not answer now
+                log.warning("what is too old of model %s stays until the next promotion: %s", name, error)
             finally:
                 renewal.cancel()
                 await self._store.leases.release(name, me)
+
+    def _named(self, name: str) -> set[str]:
+        """The fingerprints of the versions that have an alias."""
+        registry = self._models.registry
+        return {registry.manifest(name, version).fingerprint for version in registry.aliases(name).values()}
 
     async def _renew(self, name: str, holder: str, job: Job | None = None) -> None:
         """Keeps the lease, and tells how far the job is, until it is cancelled; returns if the lease is lost."""

@@ -76,6 +76,36 @@ async def test_of_three_versions_the_oldest_is_dropped(tmp_path: Path, toy_regis
         await promotions.stop()
 
 
+@pytest.mark.parametrize("how", ["damaged", "removed"])
+async def test_writes_go_on_without_a_live_version_that_is_damaged_or_gone(
+    tmp_path: Path, toy_registry: Path, empty_redis: str, how: str
+) -> None:
+    registry = serving.copied(toy_registry, tmp_path / "r")
+    weights = registry / "toys" / "versions" / "2" / "encoder.safetensors"
+    whole = weights.read_bytes()
+    async with serving.running(registry, empty_redis) as service:
+        await service.load()
+        started = await service.client.post("/v1/models/toys/backfill", json={"version": 2})
+        assert (await service.finished(started.json()["job"]["id"]))["state"] == "succeeded"
+        first, second = (service.registry.manifest("toys", n).fingerprint for n in (1, 2))
+        assert await service.store.ready("toys") == {first, second}
+    moved = weights.parent.rename(tmp_path / "2")
+    if how == "damaged":
+        moved.rename(weights.parent)
+        weights.write_bytes(b"")
+    async with serving.running(registry, empty_redis) as service:
+        assert (await service.client.put("/v1/items/new", json=TOY)).status_code == 201
+        assert await service.store.ready("toys") == {first}
+        assert (await service.client.delete("/v1/items/toy%205")).status_code == 204  # its second vector stays behind
+    if how == "removed":
+        moved.rename(weights.parent)
+    weights.write_bytes(whole)
+    async with serving.running(registry, empty_redis) as service:
+        assert (await service.promote(2))["state"] == "succeeded"
+        found = (await post(service, "/v1/similar", {"item": TOY, "k": 50})).json()["neighbors"]
+        assert {one["id"] for one in found} == ITEMS.keys() - {"toy 5"} | {"new"}
+
+
 async def _ended(job: Job) -> bool:
     return job.state != "running"
 
