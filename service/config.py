@@ -85,9 +85,9 @@ class ServiceConfig(BaseSettings):
     redis_maxmemory: str | None = None
     """Of the embedded server, as Redis writes it, "2gb". Beyond it writes are refused, nothing is dropped."""
 
-    store_timeout: PositiveFloat | None = None
-    """Seconds of one call in the path of a request; None: 0.12. Short,
-    since encoding goes on without the store and a caller would rather have that at once."""
+    store_timeout: PositiveFloat = 0.12
+    """Seconds of one call in the path of a request. Short, since encoding goes on without the store and a caller would
+    rather have that at once."""
 
     bulk_timeout: PositiveFloat = 10.0
     """Seconds of one call that moves many items."""

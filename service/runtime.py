@@ -119,6 +119,7 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         # The requests' way: HAProxy in C in front, and behind it each replica's own listener.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_LOG_TO_STDERR": "1",  # which that turns off, and then Serve drops what a replica logs
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # in pieces of 16 kB, a bulk request is read piece by piece
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy-here"),

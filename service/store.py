@@ -92,7 +92,7 @@ class Store:
         self,
         url: str,
         *,
-        timeout: float | None = None,
+        timeout: float = 0.12,
         bulk_timeout: float = 10.0,
         max_connections: int = 16,
         index: WantedMode = "auto",
@@ -100,11 +100,10 @@ class Store:
     ) -> None:
         """`url`: unix://PATH, redis:// or rediss://, of a server or of any node of a cluster.
 
-        `timeout` in seconds for one call, 0.12 by default; `bulk_timeout` for one that moves many items or builds
+        `timeout` in seconds for one call; `bulk_timeout` for one that moves many items or builds
         an index. `index`: the mode of new indexes. `changed` is told when the store becomes unavailable (True) and when
         it is back.
         """
-        timeout = 0.12 if timeout is None else timeout
         self._hot = Link(url, timeout=timeout, connections=max_connections, changed=changed)
         self._bulk = Link(url, timeout=bulk_timeout, connections=4)
         self.address = self._hot.address
