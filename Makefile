@@ -63,12 +63,13 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Most of the time of the slow tests is Ray's, which starts and ends, and types need a core only: the two go together.
+# Fast tests are spread over the cores, but over four processes at most, since each loads torch. Slow ones start Rays,
+# which are several processes already: one after the other, and types, which need one core for a while, beside them.
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m 'not slow' -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest -m slow --durations=12 $(PYTEST_ARGS) || [ $$? -eq 5 ] || { wait $$types; exit 1; }; \
 	wait $$types
