@@ -50,7 +50,7 @@ def run(config: ServiceConfig, once: bool, retrain: bool) -> None:
     with Console(stderr=True).status("starting") as status, running(config, status.update) as service:
         status.stop()
         with Client(service.url) as client:
-            _load(client, table)
+            load(client, table)
             _show_neighbors(client)
         click.echo(f"\nup on {service.url} after {time.monotonic() - began:.0f} s. Try:")
         click.echo(_hints(service.url))
@@ -91,7 +91,8 @@ def _train(config: ServiceConfig, table: Path, retrain: bool) -> None:
         raise ItemvecError(f"training failed (exit status {status}); its reason is above")
 
 
-def _load(client: Client, table: Path) -> None:
+def load(client: Client, table: Path) -> None:
+    """Stores all films in the service, unless they are there already."""
     model = client.call("GET", f"/v1/models/{MODEL}")
     films = read_table(str(table))
     if (model["items"] or 0) >= len(films):

@@ -7,6 +7,7 @@ import sys
 import films
 import numpy as np
 import pytest
+import ray
 from pyarrow import parquet
 from realservice import RealService
 
@@ -31,12 +32,14 @@ def itemvec(*words: object, status: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a table, its schema and a registry in which `itemvec train` has published a first version."""
+def trained(ray_cluster, tmp_path_factory):
+    """A folder with a table, its schema and a registry in which `itemvec train` has published a first version: on the
+    Ray of all tests, while the retraining below brings its own."""
     folder = tmp_path_factory.mktemp("films")
     parquet.write_table(films.table(), folder / "films.parquet")
     films.SCHEMA.save(folder / "films.yaml")
     options = ("--schema", folder / "films.yaml", "--registry", folder / "registry", "--epochs", 3, "--dim", 16)
+    options += ("--ray-address", ray.get_runtime_context().gcs_address)
     assert "films@1" in itemvec("train", folder / "films.parquet", *options)
     return folder
 
@@ -80,7 +83,7 @@ def test_http_command_line_and_training_give_the_same_vectors(trained, service):
     assert np.abs(by_command - by_training).max() <= 1e-6
 
 
-def test_retraining_switches_the_running_service_and_a_second_time_has_nothing_to_do(trained, service):
+def test_retraining_switches_the_running_service(trained, service):
     itemvec("load", trained / "films.parquet", "--url", service.client.base_url)
     parquet.write_table(films.table(rows=260), trained / "newer.parquet")
     # An untrained-looking toy may come out either way; what is tested is the way, so the gate is wide open.
@@ -90,7 +93,6 @@ def test_retraining_switches_the_running_service_and_a_second_time_has_nothing_t
     answer = service.client.post("/v1/similar", json={"id": "film-7", "k": 3}).json()
     assert (answer["model"], len(answer["neighbors"])) == ("films@2", 3)
     assert Registry(trained / "registry").aliases("films") == {"champion": 2, "previous": 1}
-    assert "nothing to do" in itemvec(*words, "--epochs", 3, *gate)
 
 
 def test_ctrl_c_ends_every_process(service):
