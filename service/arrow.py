@@ -156,8 +156,9 @@ def _table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
                     raise InvalidRequest.at(pointer, detail)
                 batch.validate(full=True)  # offsets and texts that lie outside of what was sent
                 batches.append(batch)
+            _ = reader.schema.names  # raises where one is no text
             return pa.Table.from_batches(batches, reader.schema)
-    except (pa.ArrowException, OSError, struct.error) as error:
+    except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MalformedRequest(f"the body is not an Arrow IPC stream: {reason}") from None
 

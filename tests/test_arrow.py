@@ -190,6 +190,10 @@ HARD: dict[str, tuple[bytes, int, str | None]] = {
     "nothing": (b"", 400, None),
     "JSON": (b'{"input": []}', 400, None),
     "noise": (bytes(range(256)) * 8, 400, None),
+    "a name that is no UTF-8": (stream(pa.table({"maker": ["Ada"]})).replace(b"maker", b"ma\xffer"), 400, None),
+    "such a name in a struct": (
+        stream(pa.table({"maker": [{"named": "Ada"}]})).replace(b"named", b"na\xffed"), 422, "/input/maker"
+    ),
     "cut off within": (GOOD[: len(GOOD) // 2], 400, None),
     "compressed": (stream(pa.Table.from_pylist([TOY]), compression="zstd"), 400, None),
     "compressed dictionary": (
