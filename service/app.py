@@ -25,6 +25,7 @@ from itemvec.errors import ItemvecError
 from service import metrics
 from service.config import ServiceConfig
 from service.haproxy import socket_of
+from service.processes import short_turns
 
 APP: Final = "itemvec"
 
@@ -137,6 +138,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(GARBAGE)
+        short_turns()  # of the event loop; the thread that encodes many items has turns as usual
         handle = serve.get_deployment_handle(self._replica.deployment, app_name=self._replica.app_name)
         self._fleet = Fleet(handle, self, self._replica.replica_tag)
         app = build_app(

@@ -7,7 +7,7 @@ HAProxy. It also sends the requests to the replicas' own sockets, past the ingre
 which takes more of a request's time than encoding an item does; Serve's port of a replica is left with the health
 checks, by which replicas come and go as before.
 
-It runs by its path in an isolated interpreter, so it imports the standard library alone.
+It runs by its path in an isolated interpreter, so it imports the standard library alone, as does `processes.py`.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from runpy import run_path
 from typing import Final
 
 UNAVAILABLE: Final = (
@@ -126,6 +127,7 @@ def main(haproxy: str, sockets: str, *arguments: str) -> None:
     unavailable.write_bytes(UNAVAILABLE % (len(NO_REPLICA), NO_REPLICA))
     config.write_text(corrected(config.read_text(), str(unavailable), Path(sockets)) + "\n")
     die_with_parent()
+    run_path(str(Path(__file__).with_name("processes.py")))["short_turns"]()
     os.execv(haproxy, [haproxy, *arguments])  # noqa: S606 the arguments are Ray's own
 
 

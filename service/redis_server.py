@@ -26,6 +26,7 @@ import redis
 
 from itemvec.errors import ConfigError
 from itemvec.processes import is_alive
+from service.processes import short_turns
 
 # A child of ours in its own session does not see the Ctrl-C of the terminal: the service, which still writes,
 # stops it. Nor may it outlive us: Linux signals it when its parent dies. (It does so when the *thread* ends
@@ -103,6 +104,7 @@ class EmbeddedRedis:
             server_pid = self._launch([str(server), *self._settings(engine)], self._lock.fd)
             self._lock.write(server_pid, self._socket_dir)
             self._wait_until_ready(log_start)
+            short_turns(server_pid)
         except OSError as error:
             self.stop()
             raise ConfigError(f"the embedded Redis cannot use its data folder {self.data_dir}: {error}") from error
