@@ -81,6 +81,8 @@ def _choose_id(table: pa.Table, wanted: str | None) -> tuple[str, str]:
 
 def _choose(name: str, column: pa.ChunkedArray) -> Choice:
     kind = column.type
+    if at.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), None, column)  # which is missing too
     present = column.drop_null()
     if not name or len(name) > 200:
         return Choice(name, None, "a column needs a name, of 200 characters at most")

@@ -145,8 +145,9 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         # By default Ray's workers, replicas and HAProxy among them, yield to all else that runs (nice 15): while
         # the cores are busy a request then waits for more than its turn. `HOUSEKEEPING` steps back afterwards.
         "RAY_worker_niceness": "0",
-        # What the processes say reaches our own stderr. Ours speak from WARNING on; this is a banner of Serve's.
-        "RAY_DEDUP_LOGS_SKIP_REGEX": r"^INFO |^  • |^\s*$",
+        # What the processes say reaches our own stderr. Ours speak from WARNING on; this is a banner of Serve's, and
+        # what it warns of clusters of several machines and of a port that another service on this one has.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": r"^INFO |^  • |^\s*$|HAProxy on other nodes|Failed to bind to address",
         # Agents of a node whose other processes were killed try to say so for a minute before they end.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     }
@@ -173,7 +174,12 @@ def check_registry(registry: str) -> None:
     """
     if "://" in registry:
         return
-    aliases = {file.parent: json.loads(file.read_bytes()) for file in Path(registry).glob("*/aliases.json")}
+    aliases = {}
+    for file in Path(registry).glob("*/aliases.json"):
+        try:
+            aliases[file.parent] = dict(json.loads(file.read_bytes()))
+        except (TypeError, ValueError):
+            raise RegistryError(f"{file} is not alias names with versions") from None
     if not aliases:
         raise RegistryError(NO_CHAMPION.format(registry))
     of_champions = [(model, versions) for model, versions in aliases.items() if "champion" in versions]

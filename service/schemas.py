@@ -14,7 +14,10 @@ from service.requests import DEFAULT_TOP
 
 ModelRef = Annotated[
     str,
-    Field(description="`name`, `name@7`, `name@champion` or `name@challenger`", examples=["movies", "movies@7"]),
+    Field(
+        description="`name`, `name@7`, `name@champion`, `name@previous` or `name@challenger`",
+        examples=["movies", "movies@7"],
+    ),
 ]
 Item = Annotated[
     dict[str, Any],
@@ -93,8 +96,8 @@ class EmbeddingsRequest(_Request):
     dimensions: int | None = Field(
         None,
         ge=1,
-        description="The first so many numbers, brought to length 1. Good where the model was trained for that size "
-        "(`dimensions` of /v1/models), a rough cut elsewhere.",
+        description="The first so many numbers, brought to length 1: those of most variance, or a prefix that the "
+        "model was trained for (`dimensions` of /v1/models)",
     )
     user: str | None = Field(None, description="Taken for the sake of OpenAI's clients, and not used")
 

@@ -88,3 +88,11 @@ def test_components_as_many_as_there_are_directions_give_every_column_back(block
         wanted = block.toarray() if sp.issparse(block) else block
         assert recalled.column(codes, name) == pytest.approx(wanted, abs=0.2), name
     assert Recalled.fit({"numbers": blocks["numbers"]}, dim=64).axes.shape == (3, 4)
+
+
+def test_of_rows_that_are_all_alike_the_components_say_nothing_and_the_mean_all():
+    alike = {"label": sp.csr_matrix([[0.0, 1.0]] * 12, dtype=np.float32), "number": np.full((12, 1), 3.0, np.float32)}
+    recalled = Recalled.fit(alike, dim=2)
+    assert recalled.column(recalled.codes(alike), "label") == pytest.approx(np.array([[0.0, 1.0]] * 12))
+    for name, cosine in fitted(alike, np.arange(12), dim=2):
+        assert np.isfinite(cosine(np.arange(2), np.arange(12))).all(), name

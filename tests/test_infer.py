@@ -45,6 +45,12 @@ def test_an_amount_over_orders_of_magnitude_is_logarithmic():
     assert kind_of([float(10 ** (i % 6)) for i in range(N)]).feature.scale == "log"
 
 
+def test_what_is_not_a_number_is_missing():
+    choice = kind_of([float("nan") if i % 4 == 0 else float(10 ** (i % 6)) for i in range(N)])
+    assert choice.feature.scale == "log" and choice.reason.startswith("1 to 100000, 6 different, 25 % missing")
+    assert kind_of([float("nan")] * N).reason == "every value is missing"
+
+
 @pytest.mark.parametrize(
     ("column", "kind", "why"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import serving
 
-from itemvec.errors import ConfigError, VersionCorrupt
+from itemvec.errors import ConfigError, RegistryError, VersionCorrupt
 from itemvec.registry import Registry
 from service import haproxy
 from service.config import ServiceConfig
@@ -47,6 +47,9 @@ def test_a_champion_that_is_not_whole_is_told_before_ray_is_started(tmp_path, to
     Registry(registry).promote("toys", 3)
     Registry(registry).promote("toys", 1)  # not whole, and the previous one is
     check_registry(str(registry))
+    (registry / "toys" / "aliases.json").write_text("[1]")
+    with pytest.raises(RegistryError, match=r"toys/aliases\.json is not alias names"):
+        check_registry(str(registry))
 
 
 def test_the_environment_names_no_path_outside_the_private_folder(tmp_path):

@@ -151,18 +151,19 @@ def dense_cosines(vectors: Floats) -> Cosines:
 def fitted(blocks: Blocks, rows: Rows, dim: int, seed: int = 0) -> Iterator[tuple[str, Cosines]]:
     """Each baseline's name with its cosines of all n items, fitted on `rows` alone: means, spreads and axes are
     theirs."""
-    from sklearn.decomposition import PCA, TruncatedSVD  # noqa: PLC0415 - takes a second, and not every run needs it
+    from sklearn.decomposition import TruncatedSVD  # noqa: PLC0415 - takes a second, and not every run needs it
 
     x = stacked(blocks)
     unit = stacked({name: block / max(total_variance(block[rows]), 1e-9) ** 0.5 for name, block in blocks.items()})
     yield "one_hot", centred_cosines(x, rows)
     hashed = np.sum(list(hashed_columns(blocks, dim, seed).values()), axis=0)
     yield "hashing", dense_cosines(hashed - hashed[rows].mean(0))
-    most = _components(x[rows], dim)
-    yield "svd", dense_cosines(TruncatedSVD(most, random_state=seed).fit(x[rows]).transform(x))
+    with np.errstate(divide="ignore", invalid="ignore"):  # it divides by the variance, of which there may be none
+        svd = TruncatedSVD(_components(x[rows], dim), random_state=seed).fit(x[rows])
+    yield "svd", dense_cosines(svd.transform(x))
     for name, columns in (("pca", x), ("pca_unit_variance", unit)):
-        pca = PCA(most, svd_solver="arpack", random_state=seed).fit(columns[rows])
-        yield name, dense_cosines(np.asarray(pca.transform(columns)))
+        mean, axes = principal_axes(columns[rows], dim, seed)
+        yield name, dense_cosines(np.asarray(columns @ axes.T - mean @ axes.T))
 
 
 def stacked(blocks: Blocks) -> sp.csr_matrix:
@@ -173,6 +174,17 @@ def stacked(blocks: Blocks) -> sp.csr_matrix:
 def _components(x: sp.csr_matrix, dim: int) -> int:
     """As many as `dim`, or as there can be."""
     return max(1, min(dim, *(int(size) - 1 for size in x.shape)))
+
+
+def principal_axes(x: sp.csr_matrix, dim: int, seed: int = 0) -> tuple[Floats, Floats]:
+    """(n, width) -> the mean (width,) and the principal axes (at most dim, width); one of zeros where all rows are
+    alike."""
+    from sklearn.decomposition import PCA  # noqa: PLC0415 - as above
+
+    if (x.max(0) != x.min(0)).nnz == 0:
+        return np.asarray(x.mean(0), np.float32).ravel(), np.zeros((1, x.shape[1]), np.float32)
+    pca = PCA(_components(x, dim), svd_solver="arpack", random_state=seed).fit(x)
+    return pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
 
 
 def centred_cosines(x: sp.csr_matrix, rows: Rows) -> Cosines:
@@ -205,16 +217,13 @@ class Recalled:
     @classmethod
     def fit(cls, blocks: Blocks, dim: int, seed: int = 0) -> "Recalled":
         """On the items of `blocks`."""
-        from sklearn.decomposition import PCA  # noqa: PLC0415
-
-        x = stacked(blocks)
-        pca = PCA(_components(x, dim), svd_solver="arpack", random_state=seed).fit(x)
+        mean, axes = principal_axes(stacked(blocks), dim, seed)
         ends = np.cumsum([block.shape[1] for block in blocks.values()])
         places = {
             name: slice(int(end) - block.shape[1], int(end))
             for end, (name, block) in zip(ends, blocks.items(), strict=True)
         }
-        return cls(pca.mean_.astype(np.float32), pca.components_.astype(np.float32), places)
+        return cls(mean, axes, places)
 
     def codes(self, blocks: Blocks) -> Floats:
         """(n, dim) coordinates of other items."""
