@@ -60,14 +60,20 @@ def require_fit(table: pa.Table, schema: FeatureSchema, source: str = "the table
         raise SchemaMismatch(source, errors)
 
 
-def id_errors(table: pa.Table, name: str) -> list[str]:
-    """What training would refuse about the id column."""
-    return [f"{name}: {text}" for level, text in _check_id(table, name) if level == "error"]
+def id_errors(table: pa.Table, name: str, suspects: pa.ChunkedArray | None = None) -> list[str]:
+    """What training would refuse about the id column. `suspects` are the ids that may stand on more than one row, in
+    the order of the table, if not all may."""
+    return [f"{name}: {text}" for level, text in _check_id(table, name, suspects) if level == "error"]
 
 
 def column_errors(table: pa.Table, feature: Feature) -> list[str]:
     """What training would refuse about a feature's column."""
     return [f"{feature.name}: {text}" for level, text in _check_feature(table, feature) if level == "error"]
+
+
+def presence_errors(table: pa.Table, feature: Feature) -> list[str]:
+    """Those of them that can be told without a look at the values: no such column, another type, all missing."""
+    return [f"{feature.name}: {text}" for level, text in _check_presence(table, feature) if level == "error"]
 
 
 Said = Iterator[tuple[Literal["ok", "warning", "error"], str]]
@@ -79,7 +85,7 @@ def absent(name: str, present: Sequence[str]) -> str:
     return f"the table has no such column{guess} It has {', '.join(present)}"
 
 
-def _check_id(table: pa.Table, name: str) -> Said:
+def _check_id(table: pa.Table, name: str, suspects: pa.ChunkedArray | None = None) -> Said:
     if name not in table.column_names:
         yield "error", absent(name, table.column_names)
         return
@@ -92,7 +98,7 @@ def _check_id(table: pa.Table, name: str) -> Said:
         return
     if column.null_count:
         yield "error", f"{column.null_count} of {len(column)} rows have no id"
-    counts = pc.value_counts(column.drop_null())
+    counts = pc.value_counts((column if suspects is None else suspects).drop_null())
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if len(twice):
         yield "error", f"{len(twice)} ids stand on more than one row: {_examples(twice)}"
@@ -109,19 +115,23 @@ def _check_id(table: pa.Table, name: str) -> Said:
 
 
 def _check_feature(table: pa.Table, feature: Feature) -> Said:
+    said = list(_check_presence(table, feature))
+    yield from said
+    if not any(level == "error" for level, _ in said):
+        yield from _KIND_CHECKS[type(feature)](undictionaried(table.column(feature.name)), feature)
+
+
+def _check_presence(table: pa.Table, feature: Feature) -> Said:
     if feature.name not in table.column_names:
         yield "error", absent(feature.name, table.column_names)
         return
     column = undictionaried(table.column(feature.name))
     if problem := _wrong_type(column.type, feature):
         yield "error", problem
-        return
-    if column.null_count == len(column):
+    elif column.null_count == len(column):
         yield "error", "every value is missing: there is nothing to learn"
-        return
-    if column.null_count > len(column) / 2:
+    elif column.null_count > len(column) / 2:
         yield "warning", f"{100 * column.null_count / len(column):.0f} % of the values are missing"
-    yield from _KIND_CHECKS[type(feature)](column, feature)
 
 
 def _check_labels(column: pa.ChunkedArray, feature: Any) -> Said:
@@ -187,14 +197,14 @@ LARGEST = 1e100
 
 
 def _check_numeric(column: pa.ChunkedArray, feature: Numeric | Series) -> Said:
-    values = column.cast(pa.float64(), safe=False).drop_null()
-    endless = pc.sum(pc.greater(pc.abs(values), LARGEST)).as_py() or 0
+    low, high, endless = math.inf, -math.inf, 0
+    for chunk in column.chunks:  # one by one: a column may be large, and this looks at a copy
+        values = chunk.cast(pa.float64(), safe=False).drop_null().to_numpy()
+        endless += int((np.abs(values) > LARGEST).sum())
+        low, high = np.fmin.reduce(values, initial=low), np.fmax.reduce(values, initial=high)
     if endless:
         yield "error", f"{endless} values are infinite or beyond {LARGEST:g}"
-        return
-    extent = pc.min_max(values.filter(pc.invert(pc.is_nan(values))))
-    low, high = extent["min"].as_py(), extent["max"].as_py()
-    if low is None:
+    elif low > high:
         yield "error", "every value is missing: there is nothing to learn"
     elif feature.scale == "log" and low < 0:
         yield "error", f"scale: log needs values >= 0, the smallest is {low:g}"
@@ -258,7 +268,7 @@ def _check_timestamp(column: pa.ChunkedArray, feature: Timestamp) -> Said:
 
 
 def _check_text(column: pa.ChunkedArray, feature: Text) -> Said:
-    empty = pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)).as_py() or 0
+    empty = sum(pc.sum(pc.equal(pc.utf8_trim_whitespace(chunk), "")).as_py() or 0 for chunk in column.chunks)
     if empty + column.null_count == len(column):
         yield "error", "every text is empty: there is nothing to learn"
     if feature.sentence_encoder is not None and importlib.util.find_spec("sentence_transformers") is None:
@@ -284,9 +294,12 @@ def undictionaried(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def flat_labels(column: pa.ChunkedArray, feature: Multi) -> pa.ChunkedArray:
     """All labels of a multi column, one after the other."""
-    if _is_text(column.type) and feature.separator is not None:
-        column = pc.split_pattern(column, feature.separator)
-    return pc.list_flatten(column)
+    return pc.list_flatten(_sets(column, feature))
+
+
+def _sets(column: Any, feature: Multi) -> Any:
+    """The lists of labels of a multi column."""
+    return pc.split_pattern(column, feature.separator) if _is_text(column.type) and feature.separator else column
 
 
 COUNTED_AT_ONCE = 4_000_000
@@ -296,23 +309,44 @@ COUNTED_AT_ONCE = 4_000_000
 def label_counts(
     column: pa.ChunkedArray, feature: Nominal | Multi, kept: npt.NDArray[np.bool_] | None = None
 ) -> pa.Table:
-    """How often each `label` of a column occurs, its `count`; of the rows `kept` (n,) only, if given. Chunk by chunk,
-    so that a column may be larger than memory as long as its distinct labels are not."""
+    """How often each `label` of a column occurs, its `count`; and of that on the rows `kept` (n,), if given, as `kept`.
+    Chunk by chunk, so that a column may be larger than memory as long as its distinct labels are not."""
     start, parts = 0, list[pa.Table]()
-    for whole in column.chunks or [pa.array([], column.type)]:
-        chunk = whole if kept is None else whole.filter(pa.array(kept[start : start + len(whole)]))
-        start += len(whole)
-        labels = flat_labels(chunk, feature) if isinstance(feature, Multi) else chunk
-        counted = pc.value_counts(labels.drop_null())
-        parts.append(pa.table({"label": counted.field("values"), "count": counted.field("counts")}))
+    for chunk in column.chunks or [pa.array([], column.type)]:
+        parts.append(_counted(chunk, feature, None if kept is None else kept[start : start + len(chunk)]))
+        start += len(chunk)
         if sum(map(len, parts)) > COUNTED_AT_ONCE:
-            parts = [_added_up(parts)]
-    return parts[0] if len(parts) == 1 else _added_up(parts)
+            parts = [added_up(parts)]
+    return parts[0] if len(parts) == 1 else added_up(parts)
 
 
-def _added_up(parts: Sequence[pa.Table]) -> pa.Table:
-    sums = pa.concat_tables(parts).group_by("label", use_threads=False).aggregate([("count", "sum")])
-    return sums.rename_columns({"count_sum": "count"})
+def _counted(chunk: pa.Array, feature: Nominal | Multi, kept: npt.NDArray[np.bool_] | None) -> pa.Table:
+    labels = chunk
+    if isinstance(feature, Multi):
+        sets = _sets(chunk, feature)
+        labels = pc.list_flatten(sets)
+        kept = None if kept is None else np.repeat(kept, pc.list_value_length(sets).fill_null(0).to_numpy())
+    coded = labels.dictionary_encode()
+    distinct = len(coded.dictionary)
+    codes = coded.indices.fill_null(distinct).to_numpy()
+    counts = {"label": coded.dictionary, "count": np.bincount(codes, minlength=distinct)[:distinct]}
+    if kept is not None:
+        counts["kept"] = np.bincount(codes[kept], minlength=distinct)[:distinct]
+    return pa.table(counts)
+
+
+def added_up(parts: Sequence[pa.Table]) -> pa.Table:
+    """The `label_counts` of all rows, of those of parts of them."""
+    counted = parts[0].column_names[1:]
+    sums = pa.concat_tables(parts).group_by("label", use_threads=False).aggregate([(name, "sum") for name in counted])
+    return sums.select(["label", *(f"{name}_sum" for name in counted)]).rename_columns(parts[0].column_names)
+
+
+def of_kept(counts: pa.Table) -> pa.Table:
+    """The `label_counts` of the rows kept alone."""
+    return (
+        counts.filter(pc.greater(counts.column("kept"), 0)).select(["label", "kept"]).rename_columns(["label", "count"])
+    )
 
 
 def _wrong_type(arrow: pa.DataType, feature: Feature) -> str | None:

@@ -6,6 +6,9 @@ A table is a file, or a folder of files of one format.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -41,6 +44,10 @@ HASHED_BYTES = 1 << 30
 more than to train on one that did not change."""
 
 
+HASHED_AT_ONCE = 4
+"""Files that are read at once for a digest: storage elsewhere makes one wait."""
+
+
 def files_of(url: str) -> list[str]:
     """The files that make up a table, by name: itself, or those of a folder and the folders in it. Raises TableError
     where there is none, or where they are of several formats."""
@@ -69,31 +76,76 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         raise TableError(f"{url}: its files have different columns: {' '.join(str(error).split())}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a table that can be read by itself."""
+
+    file: str
+
+    group: int | None = None
+    """A row group of a Parquet file; None for all of the file."""
+
+    size: int = 0
+    """About how many of the file's bytes it is."""
+
+
+def pieces_of(file: str) -> list[Piece]:
+    """The row groups of a Parquet file; a file of another format is one piece, since a value may hold line breaks. So
+    is one that is no Parquet, which whoever reads it will say. Raises TableError for a file that is not there."""
+    size = size_of(file)
+    if _format(file) != "Parquet":
+        return [Piece(file, None, size)]
+    try:
+        with _open(file) as opened:
+            about = pa.parquet.read_metadata(opened)
+    except (pa.ArrowException, OSError):
+        return [Piece(file, None, size)]
+    rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    return [Piece(file, group, size * count // max(sum(rows), 1)) for group, count in enumerate(rows)]
+
+
 def batches(url: str, columns: Sequence[str], types: dict[str, pa.DataType] | None = None) -> Iterator[pa.RecordBatch]:
-    """The same, piece by piece and all of one type, however large the table is. `types` are what columns of large CSV
-    and JSON Lines files are read as; else their first megabytes decide. Raises TableError."""
-    schema = None
-    for file in files_of(url):
+    """The same as `read_table`, batch by batch and all of one type, however large the table is; what it holds as codes
+    becomes values. `types` are what columns of large CSV and JSON Lines files are read as; else their first megabytes
+    decide. Raises TableError."""
+    return batches_of([Piece(file) for file in files_of(url)], columns, types or {})
+
+
+def batches_of(
+    pieces: Sequence[Piece], columns: Sequence[str], types: dict[str, pa.DataType], schema: pa.Schema | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The same of some pieces of a table: as `schema` says, or as the first batch where there is none."""
+    for file, some in groupby(pieces, key=lambda piece: piece.file):
+        groups = [piece.group for piece in some if piece.group is not None]
         try:
-            for batch in _file_batches(file, columns, types or {}):
+            for read in _file_batches(file, columns, types, groups or None):
+                batch = _plain(read)
                 schema = schema or batch.schema
                 yield batch.select(schema.names).cast(schema) if batch.schema != schema else batch
-        except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
             raise TableError(
                 f"{file} is not a {FORMATS[_suffix(file)]} table that can be read like the rows before: "
                 f"{' '.join(str(error).split())}"
             ) from None
 
 
-def _file_batches(url: str, columns: Sequence[str], types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Values instead of codes: each batch of a table has codes of its own."""
+    columns = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+    return pa.record_batch(columns, names=batch.schema.names)
+
+
+def _file_batches(
+    url: str, columns: Sequence[str], types: dict[str, pa.DataType], groups: Sequence[int] | None
+) -> Iterator[pa.RecordBatch]:
     form = _format(url)
     with _open(url) as file:
         if form == "Parquet":
             parquet = pa.parquet.ParquetFile(file)
             present = parquet.schema_arrow.names
-            yield from parquet.iter_batches(BATCH, columns=[c for c in columns if c in present])
+            yield from parquet.iter_batches(BATCH, groups, columns=[c for c in columns if c in present])
             return
-        if _size(url) <= STREAMED_BYTES:
+        if size_of(url) <= STREAMED_BYTES:
             yield from _read_file(url, columns).to_batches(max_chunksize=BATCH)
             return
         reader = _csv_stream(file, url, types) if form == "CSV" else _json_stream(file, types)
@@ -130,7 +182,7 @@ def _read_file(url: str, columns: Sequence[str] | None) -> pa.Table:
                 table = _read_csv(file, _csv_parsing(url))
             else:
                 table = pa.json.read_json(file, pa.json.ReadOptions(block_size=JSON_BLOCK))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise TableError(f"{url} is not {form} that can be read: {' '.join(str(error).split())}") from None
     return table.select([c for c in columns if c in table.column_names]) if columns is not None else table
 
@@ -214,15 +266,18 @@ def table_digest(url: str) -> str:
     """sha256 of the file's bytes: equal digests, equal tables. Of several files, over those of each; of tables of more
     than `HASHED_BYTES` that are not on this machine's disk, over name, size and ETag or time of each file."""
     files = files_of(url)
-    if "://" in url and sum(map(_size, files)) > HASHED_BYTES:
+    if "://" in url and sum(map(size_of, files)) > HASHED_BYTES:
         told = [_told(file) for file in files]
         if all(marks for *_, marks in told):
             return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    each = []
-    for name in files:
-        with _open(name) as file:
-            each.append(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        each = list(pool.map(_sha256, files))
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def _sha256(file: str) -> str:
+    with _open(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _told(url: str) -> tuple[str, int, list[str]]:
@@ -233,7 +288,7 @@ def _told(url: str) -> tuple[str, int, list[str]]:
     return path, int(info.get("size") or 0), marks
 
 
-def _size(url: str) -> int:
+def size_of(url: str) -> int:
     """Bytes; 0 where the storage does not say."""
     fs, path = fsspec.core.url_to_fs(url)
     try:

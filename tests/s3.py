@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -14,6 +15,13 @@ BUCKET = "itemvec"
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
     """Where every s3:// URL leads to during the test."""
+    with served(monkeypatch) as files:
+        yield files
+
+
+@contextmanager
+def served(patch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
+    """The same for a block, and for the processes that start in it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -22,7 +30,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
     }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+        patch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()  # they keep the server that they found first
     try:
         files = s3fs.S3FileSystem()

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from itemvec import check
-from itemvec.check import check_table, label_counts, require_fit
+from itemvec.check import check_table, label_counts, of_kept, require_fit
 from itemvec.errors import SchemaMismatch
 from itemvec.schema import FeatureSchema, Multi, Nominal
 
@@ -153,7 +153,9 @@ def test_labels_are_counted_over_all_chunks_and_of_the_rows_named(monkeypatch, a
     counted = label_counts(sets, Multi(name="x")).sort_by("label").to_pylist()
     assert [tuple(row.values()) for row in counted] == [("a", 2), ("b", 3), ("c", 1)]
     some = label_counts(sets, Multi(name="x"), np.array([True, True, False, True, True, False]))
-    assert [tuple(row.values()) for row in some.sort_by("label").to_pylist()] == [("a", 1), ("b", 2), ("c", 1)]
+    assert [tuple(row.values()) for row in some.sort_by("label").to_pylist()] == [("a", 2, 1), ("b", 3, 2), ("c", 1, 1)]
+    none = label_counts(sets, Multi(name="x"), np.array([True, True, False, False, False, False]))
+    assert of_kept(none).sort_by("label").to_pylist() == [{"label": "a", "count": 1}, {"label": "b", "count": 1}]
     one = label_counts(pa.chunked_array([[7, None], [7]]), Nominal(name="x", dtype="integer"))
     assert one.to_pylist() == [{"label": 7, "count": 2}]
     assert len(label_counts(pa.chunked_array([], pa.string()), Nominal(name="x"))) == 0

@@ -1,5 +1,3 @@
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from films import SCHEMA, table
-from pyarrow import csv
 
-from itemvec.errors import SchemaMismatch, TableError
+from itemvec.errors import SchemaMismatch
 from itemvec.features import FeatureTransform
 from training import ingest
 from training.config import ContrastConfig, TrainConfig
 from training.data import TENSORS, EncodedTable, Prepared
 from training.folds import TRAIN, fold_of
-from training.ingest import Items, encode, encoded_at, forget, opened, taken, written_whole
+from training.ingest import encode, encoded_at, fit
+from training.items import Items
 
 
 @pytest.fixture
@@ -46,6 +44,7 @@ def same(one: EncodedTable, other: EncodedTable) -> bool:
 )
 def test_a_table_in_pieces_gives_the_very_bits_of_the_table_at_once(items, tmp_path, monkeypatch, request, by):
     monkeypatch.setattr(ingest, "BLOCK", 130)  # 600 rows: four blocks and a rest
+    monkeypatch.setattr(ingest, "COUNTED", 250)
     if by != "this process":
         monkeypatch.setattr(ingest, "ALONE", 0)
     if by == "a cluster":
@@ -54,21 +53,29 @@ def test_a_table_in_pieces_gives_the_very_bits_of_the_table_at_once(items, tmp_p
     transform, encoded = at_once(table(600))
     assert data.transform.digest() == transform.digest()
     assert same(data.table, encoded)
+    assert not list((tmp_path / "runs").rglob("counts"))
 
 
 @pytest.mark.slow
 def test_a_cluster_says_what_is_wrong_as_this_process_would(items, tmp_path, monkeypatch, ray_cluster):
     data, place = prepared(items, tmp_path / "run"), encoded_at(items.copy, SCHEMA, 0.1, 0.05)
-    lacking = items.table.drop_columns(["genres"])
-    with written_whole(tmp_path / "lacking.arrow") as path, pa.ipc.new_file(path, lacking.schema) as writer:
-        writer.write_table(lacking)
-    monkeypatch.setattr(ingest, "ALONE", 0)
+    lacking = items.table.drop_columns(["genres"]).append_column("genres", pa.array(range(600)))
+    lacking = lacking.set_column(0, "id", pa.array(["film-599", *lacking.column("id").to_pylist()[1:]]))
+    (tmp_path / "lacking").mkdir()
+    for start in (0, 300):
+        with pa.ipc.new_file(tmp_path / "lacking" / f"{start}.arrow", lacking.schema) as writer:
+            writer.write_table(lacking.slice(start, 300))
+    for name, value in {"ALONE": 0, "BLOCK": 130, "COUNTED": 250}.items():
+        monkeypatch.setattr(ingest, name, value)
     with pytest.raises(SchemaMismatch, match="genres"):
-        list(encode(lacking, data.transform, place, tmp_path / "lacking.arrow", spread=True))
-
-
-def test_the_copy_has_the_rows_of_the_table(items):
-    assert items.table.equals(table(600).select(items.table.column_names).combine_chunks())
+        list(encode(lacking, data.transform, place, tmp_path / "lacking", spread=True))
+    said = []
+    for copy in (None, tmp_path / "lacking"):
+        with pytest.raises(SchemaMismatch) as refused:
+            fit(lacking, SCHEMA, 0.1, 0.05, tmp_path / "fitted", "films", copy, spread=True)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and "1 ids stand on more than one row: 'film-599'" in said[0]
+    assert "genres: kind multi wants a list of string labels" in said[0]
 
 
 def test_a_second_run_with_other_settings_uses_what_the_first_encoded(items, tmp_path, monkeypatch):
@@ -85,54 +92,6 @@ def test_a_second_run_with_other_settings_uses_what_the_first_encoded(items, tmp
         prepared(again, tmp_path / "runs" / "three", test=0.2)
 
 
-def test_one_changed_byte_is_another_table(items, tmp_path):
-    pq.write_table(table(601), tmp_path / "films.parquet")
-    other = Items.read(str(tmp_path / "films.parquet"), SCHEMA, (), tmp_path / "runs")
-    assert other.copy.parent != items.copy.parent and other.table.num_rows == 601
-
-
-def test_the_files_of_a_folder_are_one_table(tmp_path):
-    films = table(90)
-    (tmp_path / "films").mkdir()
-    for n in (2, 0, 1):
-        pq.write_table(films.slice(30 * n, 30), tmp_path / "films" / f"{n}.parquet")
-    (tmp_path / "films" / "_SUCCESS").touch()
-    read = Items.read(str(tmp_path / "films"), SCHEMA, (), tmp_path / "runs").table
-    assert read.column("id").to_pylist() == films.column("id").to_pylist()
-
-
-def test_files_whose_columns_differ_are_refused_by_name(tmp_path):
-    (tmp_path / "films").mkdir()
-    pq.write_table(table(30), tmp_path / "films" / "a.parquet")
-    pq.write_table(table(30).drop_columns(["year"]), tmp_path / "films" / "b.parquet")
-    with pytest.raises(TableError, match=r"films/b\.parquet .*year"):
-        Items.read(str(tmp_path / "films"), SCHEMA, (), tmp_path / "runs")
-    assert not list((tmp_path / "runs").rglob("*.arrow*"))
-
-
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_a_large_text_file_is_read_in_pieces_as_the_schema_says(tmp_path, monkeypatch, ending):
-    films = pa.table({"id": ["007", "8"], "title": ["1984", "Up"], "year": [1984, 2009], "provider": ["Hulu", None]})
-    if ending == "csv":
-        csv.write_csv(films, tmp_path / "t.csv")
-    else:
-        (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in films.to_pylist()))
-    monkeypatch.setattr("itemvec.table.STREAMED_BYTES", 0)
-    read = Items.read(str(tmp_path / f"t.{ending}"), SCHEMA, (), tmp_path / "runs").table
-    assert [{k: v for k, v in row.items() if k in films.column_names} for row in read.to_pylist()] == films.to_pylist()
-    # Text are the id 007 and a film called 1984, numbers the years.
-    assert read.schema.field("year").type == pa.float64()
-
-
-def test_columns_of_codes_become_their_values(tmp_path):
-    films = table(40)
-    coded = films.set_column(2, "provider", films.column("provider").dictionary_encode())
-    pq.write_table(coded, tmp_path / "films.parquet", row_group_size=10)
-    read = Items.read(str(tmp_path / "films.parquet"), SCHEMA, (), tmp_path / "runs").table
-    assert read.column("provider").type == pa.string()
-    assert read.column("provider").to_pylist() == films.column("provider").to_pylist()
-
-
 def test_all_that_is_wrong_with_a_table_is_said_at_once(tmp_path):
     films = table(40).drop_columns(["provider"])
     films = films.set_column(0, "id", pa.array(["film-0", *films.column("id").to_pylist()[:-1]]))
@@ -143,41 +102,6 @@ def test_all_that_is_wrong_with_a_table_is_said_at_once(tmp_path):
     said = str(refused.value)
     assert "1 ids stand on more than one row: 'film-0'" in said and "provider: the table has no such column" in said
     assert not list(items.copy.parent.glob("*.part"))
-
-
-def test_what_breaks_off_never_stands_under_its_name(tmp_path):
-    def break_off() -> None:
-        with written_whole(tmp_path / "a") as part:
-            part.write_text("half")
-            raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="full"):
-        break_off()
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_faster_of_two_processes_writes(tmp_path):
-    with written_whole(tmp_path / "a") as part:
-        part.write_text("mine")
-        (tmp_path / "a").write_text("theirs")
-    assert (tmp_path / "a").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_the_tables_last_used_and_those_of_unfinished_runs_are_kept(tmp_path):
-    for age in range(4):
-        folder = tmp_path / "tables" / f"t{age}"
-        folder.mkdir(parents=True)
-        os.utime(folder, (1000 - age, 1000 - age))
-    (tmp_path / "films-123").mkdir()
-    (tmp_path / "films-123" / "encoded").write_text("../tables/t3/key")
-    forget(tmp_path, kept=2)
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["t0", "t1", "t3"]
-
-
-def test_a_copy_takes_memory_only_where_it_is_read(items):
-    before = pa.total_allocated_bytes()
-    read = opened(items.copy)
-    assert read.nbytes > 50_000 and pa.total_allocated_bytes() - before < 1_000
 
 
 def test_pages_that_are_let_go_of_are_read_again(items, tmp_path, monkeypatch):
@@ -191,9 +115,3 @@ def test_pages_that_are_let_go_of_are_read_again(items, tmp_path, monkeypatch):
 def test_a_place_has_one_name_for_what_decides_what_is_encoded(items):
     place = encoded_at(items.copy, SCHEMA, 0.1, 0.05)
     assert place == encoded_at(items.copy, SCHEMA, 0.1, 0.05) != encoded_at(items.copy, SCHEMA, 0.1, 0.06)
-
-
-def test_rows_are_taken_in_the_order_that_they_are_named(items):
-    rows = np.array([317, 0, 599, 317])
-    assert taken(items.table, rows) == items.table.take(pa.array(rows))
-    assert taken(items.table, []) == items.table.slice(0, 0)

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
-from itemvec.errors import SchemaMismatch, TableError
+from itemvec.errors import TableError
 from training.config import InteractionsConfig
 from training.folds import TRAIN
 from training.interactions import Interactions
@@ -45,5 +45,10 @@ def test_likes_of_other_items_are_refused_with_examples_of_both(tmp_path):
     with pytest.raises(TableError, match=r"none of its 6 rows .* such as '7', '8'; ids are such as 'film 1'"):
         Interactions.read(str(tmp_path / "likes.parquet"), RATED, ["film 1"], FOLD[:1])
     pq.write_table(LIKES.drop_columns(["stars"]), tmp_path / "likes.parquet")
-    with pytest.raises(SchemaMismatch, match="stars: the table has no such column"):
+    with pytest.raises(TableError, match=r"has no column 'stars': name the one .*interactions\.weight"):
         Interactions.read(str(tmp_path / "likes.parquet"), RATED, IDS, FOLD)
+    for stars, said in (([1] * 7, "no row has 'stars' of at least"), (["good"] * 7, "column 'stars' is string")):
+        rated = LIKES.set_column(LIKES.column_names.index("stars"), "stars", pa.array(stars))
+        pq.write_table(rated, tmp_path / "likes.parquet")
+        with pytest.raises(TableError, match=said):
+            Interactions.read(str(tmp_path / "likes.parquet"), RATED, IDS, FOLD)

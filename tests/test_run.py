@@ -1,19 +1,13 @@
 import json
 import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from click.testing import CliRunner
 from films import SCHEMA, table
-from realservice import eventually
 from s3 import BUCKET, s3
 
 from itemvec.cli import cli
@@ -122,63 +116,7 @@ def test_a_second_training_is_the_challenger_and_may_go_on_from_a_version(
     assert job.follows == job.parent() == 1, "a retraining follows the champion"
 
 
-def descendants(ancestor: int, name: str) -> list[int]:
-    """Processes below `ancestor` whose command line has `name` in it."""
-    parents, found = {}, []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if name in (process / "cmdline").read_text():
-                found.append(int(process.name))
-        except OSError:
-            continue  # it ended meanwhile
-
-    def line(pid: int) -> set[int]:
-        return set() if pid not in parents else {pid} | line(parents[pid])
-
-    return [pid for pid in found if ancestor in line(pid)]
-
-
-@pytest.mark.slow
-def test_what_is_killed_goes_on_from_its_checkpoint_the_driver_by_the_same_command(ray_cluster, tmp_path):
-    settings = {"epochs": 20, "patience": 20, "checkpoint_seconds": 0.2, "batch_size": 64}
-    words = ["train", *films(tmp_path), *SMALL[:-2], *(f"--set={name}={value}" for name, value in settings.items())]
-    words += ["--ray-address", ray.get_runtime_context().gcs_address]
-    with subprocess.Popen([sys.executable, "-m", "itemvec", *words], stdout=subprocess.DEVNULL) as driver:
-        saved = "runs/films-*/ray/checkpoint_manager_snapshot.json"
-        eventually(lambda: driver.poll() is not None or list(tmp_path.glob(saved)), 90)
-        driver.kill()
-    assert driver.returncode == -signal.SIGKILL
-    [progress] = tmp_path.glob("runs/films-*/progress.jsonl")
-    told = tmp_path / "told"
-    told.hardlink_to(progress)  # the run's folder is removed at its end
-    killed: list[int] = []
-
-    def epochs() -> list[int]:
-        return [m["epoch"] for m in map(json.loads, told.read_text().splitlines()) if "train" in m]
-
-    def kill_a_worker() -> None:
-        before = len(epochs())
-        eventually(lambda: len(epochs()) > before + 2, 60)
-        killed.extend(descendants(os.getpid(), "RayTrainWorker"))
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
-
-    with ThreadPoolExecutor(1) as other:
-        done = other.submit(kill_a_worker)
-        second = CliRunner().invoke(cli, words)
-        done.result()
-    assert second.exit_code == 0, second.output
-    assert "taking up an earlier run that did not end" in second.output and len(killed) == 1
-    history = Registry(tmp_path / "registry").load("films").evaluation["training"]["history"]
-    assert epochs()[-1] == len(history) == 20
-    again = [after for before, after in pairwise(epochs()) if after != before + 1]
-    assert len(again) in (1, 2) and min(again) > 1, "back to a checkpoint, and never to the beginning"
-
-
 def _copied(source: Path, draft: Path) -> None:
-    import shutil
-
     shutil.copytree(source, draft, dirs_exist_ok=True)
 
 
@@ -221,8 +159,6 @@ def test_one_setting_of_a_group_leaves_the_others_at_their_defaults():
 
 
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
-    import os
-
     with locked(tmp_path / "lock", "films is being trained"):
         said = f"films is being trained .process {os.getpid()}"
         with pytest.raises(ItemvecError, match=said), locked(tmp_path / "lock", "films is being trained"):

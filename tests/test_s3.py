@@ -11,7 +11,7 @@ from itemvec.errors import RegistryError, TableError
 from itemvec.registry import Registry
 from itemvec.roots import RemoteRoot
 from itemvec.table import batches, files_of, read_table, table_digest
-from training.ingest import Items
+from training.items import Items
 
 __all__ = ["s3"]
 

@@ -1,6 +1,7 @@
 import datetime
 import os
 from decimal import Decimal
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from itemvec.errors import TableError
-from itemvec.table import read_table, rows, table_digest
+from itemvec.table import Piece, batches_of, pieces_of, read_table, rows, table_digest
 
 ITEMS = pa.table({"id": ["a", "b"], "year": [1999, None], "genres": [["Drama"], []]})
 
@@ -142,3 +143,36 @@ def test_a_folder_of_several_formats_is_refused(tmp_path):
         read_table(str(tmp_path))
     (tmp_path / "b.jsonl").rename(tmp_path / "b.txt")
     assert read_table(str(tmp_path)).to_pydict() == {"id": ["a"]}
+
+
+def test_row_groups_are_read_by_themselves_as_the_rows_before_say(tmp_path):
+    for name, year in (("a", pa.array([1, 2, 3, 4])), ("b", pa.array([5.0, 6.0, 7.0, 8.0]))):
+        pa.parquet.write_table(
+            pa.table({"id": list("abcd"), "year": year}), tmp_path / f"{name}.parquet", row_group_size=2
+        )
+    a, b = (str(tmp_path / f"{name}.parquet") for name in "ab")
+    size = Path(a).stat().st_size
+    assert pieces_of(a) == [Piece(a, 0, size // 2), Piece(a, 1, size // 2)]
+    [one, two] = batches_of([pieces_of(a)[1], pieces_of(b)[0]], ["year"], {})
+    assert one.schema == two.schema and [*one["year"].to_pylist(), *two["year"].to_pylist()] == [3, 4, 5, 6]
+    [cast] = batches_of(pieces_of(a)[:1], ["year"], {}, pa.schema({"year": pa.string()}))
+    assert cast["year"].to_pylist() == ["1", "2"]
+
+
+def test_what_is_no_parquet_and_what_has_no_row_groups_is_one_piece(tmp_path):
+    for name in ("t.csv", "t.parquet"):
+        (tmp_path / name).write_text("id\na\n")
+        assert pieces_of(str(tmp_path / name)) == [Piece(str(tmp_path / name), None, 5)]
+
+
+def test_a_page_that_is_damaged_is_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    ids = pa.table({"id": [f"film {i}" for i in range(10_000)]})
+    pa.parquet.write_table(ids, path, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[1000:2000] = bytes(1000)
+    path.write_bytes(content)
+    with pytest.raises(TableError, match=r"t\.parquet is not Parquet that can be read: .*corrupt"):
+        read_table(str(path))
+    with pytest.raises(TableError, match=r"t\.parquet is not a Parquet table that can be read.*corrupt"):
+        list(batches_of(pieces_of(str(path)), ["id"], {}))

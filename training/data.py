@@ -31,8 +31,9 @@ from itemvec.schema import FeatureSchema
 from training import losses, targets
 from training.config import CorruptionConfig, TrainConfig
 from training.folds import TRAIN
-from training.ingest import ENCODED, encode, encoded_at, fit, written_whole
+from training.ingest import Stored, encode, encoded_at, fit, stored
 from training.interactions import Interactions
+from training.items import ENCODED, written_whole
 from training.parent import Parent
 from training.targets import Target
 
@@ -87,7 +88,7 @@ class EncodedTable:
 
     @classmethod
     def of(cls, batch: Batch, layout: Layout) -> "EncodedTable":
-        parts = [_arrays(part) for part in (batch, _made_up(layout))]
+        parts = [stored(part) for part in (batch, _made_up(layout))]
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         whole["starts"] = np.concatenate([[0], np.cumsum(whole.pop("lengths"), dtype=np.int64)])
         whole["slot_of_dense"] = _slot_of_dense(layout)
@@ -95,8 +96,8 @@ class EncodedTable:
         return cls(**tensors)
 
     @staticmethod
-    def write(folder: Path, batches: Iterable[Batch], layout: Layout) -> None:
-        """What `open` opens, batch by batch."""
+    def write(folder: Path, blocks: Iterable[Stored], layout: Layout) -> None:
+        """What `open` opens, block by block."""
         folder.mkdir(parents=True, exist_ok=True)
         bags, end = len(layout.bags), 0
         with (
@@ -106,8 +107,7 @@ class EncodedTable:
             Appended(folder / "weights.npy", np.float32, (bags,)) as weights,
         ):
             starts.append(np.zeros(1, np.int64))
-            for batch in chain(batches, [_made_up(layout)]):
-                part = _arrays(batch)
+            for part in chain(blocks, [stored(_made_up(layout))]):
                 dense.append(part["dense"])
                 rows.append(part["rows"])
                 weights.append(part["weights"])
@@ -228,19 +228,6 @@ class Appended:
         shape = (self._length, *self._width)
         about = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, about)
-
-
-def _arrays(batch: Batch) -> dict[str, npt.NDArray[Any]]:
-    """The fields of EncodedTable for some items, with the `lengths` of bags instead of where they begin."""
-    lengths = batch.lengths.ravel()
-    # Every row of a bag counts the same, so the weight of its last one is the bag's.
-    weights = batch.weights[np.cumsum(lengths, dtype=np.int64) - 1] if len(lengths) else np.ones(0, np.float32)
-    return {
-        "dense": batch.dense,
-        "rows": batch.indices.astype(np.int32),
-        "lengths": lengths,
-        "weights": weights.reshape(batch.lengths.shape),
-    }
 
 
 def _made_up(layout: Layout) -> Batch:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from itemvec.check import flat_labels, undictionaried
 from itemvec.schema import Feature, FeatureSchema, Multi, Nominal, Numeric, Ordinal, Timestamp
 from itemvec.values import unix_seconds
-from training.ingest import taken
+from training.items import taken
 
 SAMPLED = 50_000
 """Rows that are looked at."""

@@ -28,7 +28,7 @@ from itemvec.table import BATCH
 from itemvec.version import ModelVersion
 from training import cluster as ray_cluster
 from training.config import ClusterConfig
-from training.ingest import Items, opened, written_whole
+from training.items import Items, opened, written_whole
 
 BLOCK: Final = BATCH
 """Rows of a file."""
@@ -49,7 +49,7 @@ class Block:
     """What a process needs to know to embed a part of the table."""
 
     copy: Path
-    """The Arrow file of the table."""
+    """The mapped copy of the table."""
 
     start: int
     """Its first row."""
@@ -84,7 +84,7 @@ def embed_table(
     """
     name, version = registry.resolve(ref)
     model = registry.load(f"{name}@{version}")
-    items = Items.read(table, model.schema, (), out / COPY)
+    items = Items.read(table, model.schema, (), out / COPY, address)
     _check(items.table, model, table)
     _claim(out, {"model": model.ref, "fingerprint": model.fingerprint, "table": items.digest, "rows_per_file": BLOCK})
     blocks = [
@@ -165,7 +165,7 @@ class _Embedder:
 
 def _write(block: Block, model: ModelVersion) -> int:
     schema = model.schema
-    rows = opened(block.copy).slice(block.start, block.rows)
+    rows = opened(block.copy, block.start, block.rows)
     try:
         vectors = model.encode_arrow(rows.select([feature.name for feature in schema.features])).vectors
     except InvalidItem as invalid:

@@ -59,7 +59,8 @@ from training.coldstart import FITTED, cold_start
 from training.config import TrainConfig
 from training.exhibits import Exhibits, exhibits
 from training.folds import TEST, TRAIN, VALIDATION, fold_of, some
-from training.ingest import MIN_TRAIN_ROWS, taken
+from training.ingest import MIN_TRAIN_ROWS
+from training.items import taken
 from training.judged import Floats, Judged, Rows, Views, bags_of, judged_version, measured_rows, searched_rows, truth_of
 from training.readback import prefix_losses, read_back
 from training.retrieval import K, nested_sizes, retrieve

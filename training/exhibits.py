@@ -15,7 +15,7 @@ import torch
 from itemvec.features import FIRST
 from itemvec.schema import FeatureSchema
 from training.folds import some
-from training.ingest import taken
+from training.items import taken
 from training.judged import Floats, Judged, Rows, Views, bags_of, measured_rows
 
 SAMPLES, NEIGHBORS = 8, 5

@@ -21,7 +21,7 @@ from itemvec.table import rows
 from itemvec.version import ModelVersion
 from training.coldstart import cold_start
 from training.config import Settings
-from training.ingest import taken
+from training.items import taken
 from training.judged import Views, judged, judged_version, measured_rows, searched_rows, truth_of
 from training.readback import read_back
 from training.retrieval import retrieve

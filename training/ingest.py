@@ -1,139 +1,63 @@
-"""A table on its way in: copied once to the disk of the runs, checked and fitted column by column, encoded block by
-block. What is in memory at a time is a column or a block, so the table may be larger than that.
+"""A copied table on its way in: checked and fitted column by column, encoded block by block. What is in memory at a
+time is a column or a block, so the table may be larger than that.
 
-    runs/tables/DIGEST/COLUMNS.arrow   the columns that are learned from, memory-mapped
-    runs/tables/DIGEST/KEY/            what is fitted and encoded of them, for every run with this schema and folds
+    runs/tables/DIGEST/COLUMNS   the columns that are learned from (`Items`)
+    runs/tables/DIGEST/KEY/      what is fitted and encoded of them, for every run with this schema and folds
 
 Large tables are fitted and encoded by as many processes as there are cores, or by tasks on all machines of a Ray
-cluster. What each of them does is a function of paths, so that it reads its own column or block, and its memory is free
-when it is done.
+cluster. What each of them does is a function of paths, so that it reads its own column or block.
 """
 
-import hashlib
-import json
-import os
+import contextlib
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 import itemvec
-from itemvec.check import column_errors, count_errors, id_errors, label_counts, undictionaried
+from itemvec.check import (
+    added_up,
+    column_errors,
+    count_errors,
+    id_errors,
+    label_counts,
+    of_kept,
+    presence_errors,
+    undictionaried,
+)
 from itemvec.errors import SchemaMismatch, TableError
 from itemvec.features import Batch, Column, FeatureTransform
-from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal, Numeric, Text
-from itemvec.table import FORMATS, batches, files_of, table_digest
-from training.folds import TRAIN, fold_of
-
-TABLES: Final = "tables"
-ENCODED: Final = "encoded"
-"""The file of a run's folder that says where its table lies encoded, so that others on the same storage find it."""
-
-KEPT: Final = 3
-"""Tables that are kept for a next run, those last used; one that a run still needs is kept besides."""
+from itemvec.schema import AnyFeature, FeatureSchema, Multi, Nominal
+from training.folds import TRAIN, fold_at, hashed_ids
+from training.items import mapped, opened, short_digest, taken, written_whole
+from training.tasks import Made, Others, ahead, others
 
 BLOCK: Final = 65_536
 """Rows that are encoded at once, by one process."""
+
+COUNTED: Final = 1 << 20
+"""Rows whose labels one process counts at once."""
 
 ALONE: Final = 200_000
 """Rows up to which this process does it alone: others would take longer to start."""
 
 MIN_TRAIN_ROWS: Final = 8
 
-_DTYPES: Final = {"string": pa.string(), "integer": pa.int64(), "boolean": pa.bool_()}
+COUNTS: Final = "counts"
 
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """The columns of an item table that a run learns from."""
-
-    table: pa.Table
-    """Memory-mapped: only what is read of it takes memory."""
-
-    digest: str
-    """`table_digest` of where it came from."""
-
-    copy: Path
-    """The Arrow file that it is mapped from."""
-
-    @classmethod
-    def read(cls, url: str, schema: FeatureSchema, targets: Iterable[str], runs: Path) -> "Items":
-        """Copied to the folder `runs`, unless an earlier run did. Raises TableError."""
-        digest = table_digest(url)
-        columns = list(dict.fromkeys([schema.id, *(f.name for f in schema.features), *targets]))
-        copy = runs / TABLES / digest[:12] / f"{_hashed(columns)}.arrow"
-        if not copy.exists():
-            with written_whole(copy) as path:
-                _write(path, batches(url, columns, _types(url, schema)))
-        os.utime(copy.parent)  # used now: `forget` begins with those that were not for longest
-        return cls(opened(copy), digest, copy)
-
-
-def opened(copy: Path) -> pa.Table:
-    """Memory-mapped."""
-    with pa.memory_map(str(copy)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-def taken(table: pa.Table, rows: Iterable[int]) -> pa.Table:
-    """These rows of a table, in this order, each from the chunk that it lies in: pyarrow's own `take` of a table copies
-    whole columns of lists for it, and fails where their labels are more than 2 GiB."""
-    wanted = np.fromiter(rows, np.int64)
-    order = np.argsort(wanted, kind="stable")
-    places, parts, start, done = wanted[order], [table.slice(0, 0)], 0, 0
-    for batch in table.to_batches():
-        end = int(np.searchsorted(places, start + len(batch)))
-        if end > done:
-            parts.append(pa.Table.from_batches([batch.take(pa.array(places[done:end] - start))]))
-        start, done = start + len(batch), end
-    return pa.concat_tables(parts).combine_chunks().take(pa.array(np.argsort(order)))
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which stands at `path` once the block is done: whole, or not at all. Where
-    another process was faster, theirs stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        if not path.exists():
-            part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
-
-
-def forget(runs: Path, kept: int = KEPT) -> None:
-    """Removes tables of earlier runs, all but those last used and those of runs that did not end."""
-    needed = {(pointer.parent / pointer.read_text()).resolve().parent for pointer in runs.glob(f"*/{ENCODED}")}
-    tables = sorted((runs / TABLES).glob("*"), key=lambda table: table.stat().st_mtime, reverse=True)
-    for table in tables[kept:]:
-        if table.resolve() not in needed:
-            shutil.rmtree(table, ignore_errors=True)
+Stored = dict[str, npt.NDArray[Any]]
+"""The fields of `training.data.EncodedTable` for some items, with the `lengths` of bags instead of where they begin."""
 
 
 def encoded_at(copy: Path, schema: FeatureSchema, test: float, validation: float) -> Path:
     """The folder of what is encoded of a table: of one name where nothing differs that decides what is in it."""
     what = [itemvec.__version__, FeatureTransform.FORMAT, schema.to_yaml(), test, validation]
-    return copy.parent / _hashed(what)
-
-
-def fold_rows(table: pa.Table, id_column: str, test: float, validation: float) -> npt.NDArray[np.int8]:
-    """(n,) `fold_of` each row."""
-    parts = [np.zeros(0, np.int8)]
-    for batch in table.select([id_column]).to_batches(max_chunksize=BLOCK):
-        parts.append(fold_of([str(i) for i in batch.column(0).to_pylist()], test, validation))
-    return np.concatenate(parts)
+    return copy.parent / short_digest(what)
 
 
 def fit(
@@ -141,22 +65,23 @@ def fit(
     copy: Path | None = None, spread: bool = False,
 ) -> tuple[FeatureTransform, npt.NDArray[np.int8]]:  # fmt: skip
     """Checks the table and fits the transform on its training rows, exactly as `FeatureTransform.fit` would; both are
-    saved in `folder`. Also (n,) the fold of each row. `copy` is the file that `table` is mapped from, if it is, and
+    saved in `folder`. Also (n,) the fold of each row. `copy` is the folder that `table` is mapped from, if it is, and
     `spread` whether the machines of the Ray cluster share the work, which this process is connected to.
 
     Raises SchemaMismatch where the table does not fit the schema, TableError where it has too few rows to train on.
     """
-    errors = id_errors(table, schema.id)
-    fold = np.zeros(table.num_rows, np.int8) if errors else fold_rows(table, schema.id, test, validation)
-    enough = int((fold == TRAIN).sum())
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "fold.npy", fold)
     schema.save(folder / "schema.yaml")
-    if copy is None or table.num_rows <= ALONE:
-        found = [_fitted(table, feature, fold) for feature in schema.features]
-    else:
-        there = copy.resolve(), folder.resolve()
-        found = list(ahead(_fitted_there, [(*there, f.name) for f in schema.features], spread))
+    with _shared(table, copy, folder, spread) as shared:
+        if schema.id in table.column_names:
+            hashes = _hashes(table, schema.id, shared)
+            fold, suspects = fold_at(hashes, test, validation), taken(table.select([schema.id]), _alike(hashes))
+            errors = id_errors(table, schema.id, suspects.column(0))
+        else:
+            fold, errors = np.zeros(table.num_rows, np.int8), id_errors(table, schema.id)
+        np.save(folder / "fold.npy", fold)
+        found = _found(table, schema, fold, shared)
+    enough = int((fold == TRAIN).sum())
     errors += [error for column in found for error in column.errors]
     if errors:
         raise SchemaMismatch(source, errors)
@@ -177,16 +102,67 @@ def encode(
     folder: Path | None = None,
     copy: Path | None = None,
     spread: bool = False,
-) -> Iterator[Batch]:
-    """The table's rows as numbers, block by block. By several processes where `fit` saved the transform in `folder` and
-    `copy` is the file that `table` is mapped from; `spread` as there. Raises SchemaMismatch (a value of the wrong
-    type)."""
+) -> Iterator[Stored]:
+    """The table's rows as numbers, block by block, as they are stored. By several processes where `fit` saved the
+    transform in `folder` and `copy` is the folder that `table` is mapped from; `spread` as there. Raises SchemaMismatch
+    (a value of the wrong type)."""
     starts = range(0, table.num_rows, BLOCK)
-    if folder is None or copy is None or table.num_rows <= ALONE:
-        yield from (_encoded(table, transform, start, BLOCK) for start in starts)
+    with _shared(table, copy, folder, spread) as shared:
+        if shared is None:
+            yield from (stored(transform.transform_table(table.slice(start, BLOCK), start)) for start in starts)
+        else:
+            yield from shared.each(_encoded_there, [(start, BLOCK) for start in starts])
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Work on a table that others do too."""
+
+    by: Others
+    copy: Path
+    folder: Path
+    """Where they find what is fitted, and leave what they made."""
+
+    def each(self, function: Callable[..., Made], given: Iterable[tuple[Any, ...]]) -> Iterator[Made]:
+        """What `function` makes of the two folders and of each, in order."""
+        return ahead(self.by, function, [(self.copy, self.folder, *one) for one in given])
+
+
+@contextlib.contextmanager
+def _shared(table: pa.Table, copy: Path | None, folder: Path | None, spread: bool) -> Iterator[_Shared | None]:
+    """None where the table is small, or not mapped."""
+    if copy is None or folder is None or table.num_rows <= ALONE:
+        yield None
         return
-    there = copy.resolve(), folder.resolve()
-    yield from ahead(_encoded_there, [(*there, start, BLOCK) for start in starts], spread)
+    with others(spread) as by:
+        yield _Shared(by, copy.resolve(), folder.resolve())
+
+
+def _hashes(table: pa.Table, id_column: str, shared: _Shared | None) -> npt.NDArray[np.uint64]:
+    """(n,) `hashed_ids` of all rows."""
+    starts = range(0, table.num_rows, BLOCK)
+    parts = (
+        (_hashed(table.slice(start, BLOCK), id_column) for start in starts)
+        if shared is None
+        else shared.each(_hashed_there, [(id_column, start, BLOCK) for start in starts])
+    )
+    return np.concatenate([np.zeros(0, np.uint64), *parts])
+
+
+def _hashed(table: pa.Table, id_column: str) -> npt.NDArray[np.uint64]:
+    return hashed_ids(str(i) for i in table.column(id_column).to_pylist())
+
+
+def _hashed_there(copy: Path, _: Path, id_column: str, start: int, rows: int) -> npt.NDArray[np.uint64]:
+    return _hashed(opened(copy, start, rows), id_column)
+
+
+def _alike(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The rows whose hash another row has too: 8 bytes a row tell that no id stands there twice, where a table of all
+    ids would take many times as much."""
+    ordered = np.sort(hashes)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(hashes, twice)) if len(twice) else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,121 +172,93 @@ class _Fitted:
     fitted: Column | None
 
 
-def _fitted(table: pa.Table, feature: AnyFeature, fold: npt.NDArray[np.int8]) -> _Fitted:
+def _found(table: pa.Table, schema: FeatureSchema, fold: npt.NDArray[np.int8], shared: _Shared | None) -> list[_Fitted]:
+    """Of each column, in the order of the schema."""
+    columns = range(len(schema.features))
+    if shared is None:
+        return [_fitted(table, feature, fold) for feature in schema.features]
+    if table.num_rows > COUNTED:
+        labels = [n for n in columns if isinstance(schema.features[n], Nominal | Multi)]
+        starts = range(0, table.num_rows, COUNTED)
+        for _ in shared.each(_counted_there, [(n, start, COUNTED) for n in labels for start in starts]):
+            pass
+    found = list(shared.each(_fitted_there, [(n,) for n in columns]))
+    shutil.rmtree(shared.folder / COUNTS, ignore_errors=True)
+    return found
+
+
+def _fitted(table: pa.Table, feature: AnyFeature, fold: npt.NDArray[np.int8], counts: Path | None = None) -> _Fitted:
+    """`counts` is where the labels of the column are counted, if they are."""
+    train = fold == TRAIN
+    if isinstance(feature, Nominal | Multi):
+        return _fitted_labels(table, feature, train, counts)
     if errors := column_errors(table, feature):
         return _Fitted(errors, [], None)
-    if (train := fold == TRAIN).sum() < MIN_TRAIN_ROWS:
+    if train.sum() < MIN_TRAIN_ROWS:
         return _Fitted([], [], None)
-    if isinstance(feature, Nominal | Multi):  # never a copy of all labels: they are most of a large table
-        counts = label_counts(undictionaried(table.column(feature.name)), feature, train)
-        unfit = count_errors(counts, feature)
-        return _Fitted([], unfit, None if unfit else FeatureTransform.fit_labels(feature, counts))
     mine = table.select([feature.name]).filter(pa.array(train))
     if errors := column_errors(mine, feature):
         return _Fitted([], errors, None)
     return _Fitted([], [], FeatureTransform.fit_column(feature, undictionaried(mine.column(feature.name))))
 
 
-def _encoded(table: pa.Table, transform: FeatureTransform, start: int, rows: int) -> Batch:
-    return transform.transform_table(table.slice(start, rows), start)
+def _fitted_labels(
+    table: pa.Table, feature: Nominal | Multi, train: npt.NDArray[np.bool_], counts: Path | None
+) -> _Fitted:
+    """Never of a copy of all labels: they are most of a large table."""
+    if errors := presence_errors(table, feature):
+        return _Fitted(errors, [], None)
+    if counts is None:
+        counted = label_counts(undictionaried(table.column(feature.name)), feature, train)
+    else:
+        counted = added_up([mapped(file) for file in sorted(counts.glob("*.arrow"))])
+    if errors := count_errors(counted, feature):
+        return _Fitted(errors, [], None)
+    if train.sum() < MIN_TRAIN_ROWS:
+        return _Fitted([], [], None)
+    of_train = of_kept(counted)
+    unfit = count_errors(of_train, feature)
+    return _Fitted([], unfit, None if unfit else FeatureTransform.fit_labels(feature, of_train))
 
 
-def _fitted_there(copy: Path, folder: Path, name: str) -> _Fitted:
-    feature = FeatureSchema.load(folder / "schema.yaml").feature(name)
-    return _fitted(opened(copy), feature, np.load(folder / "fold.npy"))
+def _fitted_there(copy: Path, folder: Path, n: int) -> _Fitted:
+    """Of the n-th column."""
+    feature, counts = FeatureSchema.load(folder / "schema.yaml").features[n], folder / COUNTS / str(n)
+    return _fitted(opened(copy), feature, np.load(folder / "fold.npy"), counts if counts.exists() else None)
+
+
+def _counted_there(copy: Path, folder: Path, n: int, start: int, rows: int) -> None:
+    """Leaves the `label_counts` of some rows of the n-th column, with those of training `kept`, in a file."""
+    feature, table = FeatureSchema.load(folder / "schema.yaml").features[n], opened(copy, start, rows)
+    if not isinstance(feature, Nominal | Multi) or presence_errors(table, feature):
+        return  # there are no labels to count
+    train = np.load(folder / "fold.npy", mmap_mode="r")[start : start + rows] == TRAIN
+    counts = label_counts(undictionaried(table.column(feature.name)), feature, train)
+    with (
+        written_whole(folder / COUNTS / str(n) / f"{start:012d}.arrow") as part,
+        pa.ipc.new_file(part, counts.schema) as file,
+    ):
+        file.write_table(counts)
+
+
+def stored(batch: Batch) -> Stored:
+    """Half the bytes of the batch."""
+    lengths = batch.lengths.ravel()
+    # Every row of a bag counts the same, so the weight of its last one is the bag's.
+    weights = batch.weights[np.cumsum(lengths, dtype=np.int64) - 1] if len(lengths) else np.ones(0, np.float32)
+    return {
+        "dense": batch.dense,
+        "rows": batch.indices.astype(np.int32),
+        "lengths": lengths,
+        "weights": weights.reshape(batch.lengths.shape),
+    }
 
 
 _transforms: dict[Path, FeatureTransform] = {}
 
 
-def _encoded_there(copy: Path, folder: Path, start: int, rows: int) -> Batch:
+def _encoded_there(copy: Path, folder: Path, start: int, rows: int) -> Stored:
     if folder not in _transforms:
         schema = FeatureSchema.load(folder / "schema.yaml")
         _transforms[folder] = FeatureTransform.load(folder / "transform", schema)
-    return _encoded(opened(copy), _transforms[folder], start, rows)
-
-
-Made = TypeVar("Made")
-
-
-Submit = Callable[..., "Future[Any]"]
-
-
-@contextmanager
-def workers(spread: bool) -> Iterator[tuple[Submit, int]]:
-    """What hands work out, and how many do it at once: processes of this machine, one a core, or tasks of the Ray
-    cluster. What a lost machine of the cluster had is done again elsewhere."""
-    if spread:
-        import ray  # noqa: PLC0415 - takes seconds
-
-        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-        yield lambda function, *given: ray.remote(function).remote(*given).future(), max(cores, 1)
-        return
-    cores = os.cpu_count() or 1
-    # Spawned, since a fork of a process with threads (Arrow, torch, Ray) may hang.
-    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
-        try:
-            yield pool.submit, cores
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def ahead(function: Callable[..., Made], given: Sequence[tuple[Any, ...]], spread: bool) -> Iterator[Made]:
-    """By `workers`, in order; at most a few results wait to be taken, since each may be large."""
-    with workers(spread) as (submit, cores):
-        waiting: deque[Future[Made]] = deque()
-        for arguments in given:
-            waiting.append(submit(function, *arguments))
-            if len(waiting) > 2 * cores:
-                yield _made(waiting.popleft())
-        while waiting:
-            yield _made(waiting.popleft())
-
-
-def _made(future: "Future[Made]") -> Made:
-    try:
-        return future.result()
-    except Exception as error:
-        raise getattr(error, "cause", error) from None  # Ray wraps what its tasks raise
-
-
-def _write(path: Path, rows: Iterator[pa.RecordBatch]) -> None:
-    first = next(rows, None)
-    if first is None:
-        raise TableError("the table has no rows")
-    first = _plain(first)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, first.schema) as writer:
-        writer.write_batch(first)
-        for batch in rows:
-            writer.write_batch(_plain(batch))
-
-
-def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Values instead of codes: a file holds one dictionary a column, and the batches of a table have their own."""
-    columns = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in batch.columns]
-    return pa.record_batch(columns, names=batch.schema.names)
-
-
-def _types(url: str, schema: FeatureSchema) -> dict[str, pa.DataType]:
-    """What the schema says of columns: a large text file is read piece by piece, and its first piece cannot know."""
-    types: dict[str, pa.DataType] = {}
-    for feature in schema.features:
-        if isinstance(feature, Nominal | Multi):
-            label = _DTYPES[feature.dtype]
-            one = isinstance(feature, Nominal) or feature.separator is not None
-            types[feature.name] = label if one else pa.list_(label)
-        elif isinstance(feature, Text):
-            types[feature.name] = pa.string()
-        elif isinstance(feature, Numeric):
-            types[feature.name] = pa.float64()
-    if is_csv(url):
-        types[schema.id] = pa.string()
-    return types
-
-
-def is_csv(url: str) -> bool:
-    return FORMATS.get(Path(files_of(url)[0]).suffix.lower()) == "CSV"
-
-
-def _hashed(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    return stored(_transforms[folder].transform_table(opened(copy, start, rows), start))

@@ -15,12 +15,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from itemvec.check import require_columns, undictionaried
+from itemvec.check import undictionaried
 from itemvec.errors import TableError
 from itemvec.table import batches
 from training.config import InteractionsConfig
 from training.folds import TRAIN
-from training.ingest import is_csv
+from training.items import is_csv
 
 LOUDEST = 50
 """Likes of one user that count at most: who likes a thousand items does not decide for all."""
@@ -43,7 +43,7 @@ class Interactions:
         cls, url: str, config: InteractionsConfig, ids: pa.ChunkedArray | list[str], fold: npt.NDArray[np.int8]
     ) -> "Interactions":
         """`ids` (n,) of the prepared table's rows. The table of interactions is read piece by piece: what must fit in
-        memory are likes. Raises TableError, SchemaMismatch where nothing can be learned."""
+        memory are likes. Raises TableError where nothing can be learned."""
         users, items = _likes(url, config)
         ids = pa.chunked_array([ids]) if isinstance(ids, list) else ids.cast(pa.string())
         row_of = pc.index_in(items.dictionary, value_set=ids).fill_null(-1).to_numpy()
@@ -123,7 +123,7 @@ def _likes(url: str, config: InteractionsConfig) -> tuple[pa.DictionaryArray, pa
     found: list[pa.Table] = []
     for batch in batches(url, names, dict.fromkeys(names[:2], pa.string()) if is_csv(url) else None):
         part = pa.Table.from_batches([batch])
-        require_columns(part, names)
+        _require(part, config, url)
         if config.weight is not None and config.least is not None:
             part = part.filter(pc.greater_equal(part.column(config.weight), config.least))
         coded = [undictionaried(part.column(name)).cast(pa.string()).dictionary_encode() for name in names[:2]]
@@ -131,8 +131,19 @@ def _likes(url: str, config: InteractionsConfig) -> tuple[pa.DictionaryArray, pa
     if not found:
         raise TableError(f"{url} has no rows")
     likes = pa.concat_tables(found).unify_dictionaries()
+    if len(likes) == 0:
+        raise TableError(f"{url}: no row has {config.weight!r} of at least {config.least:g} (interactions.least)")
     users, items = (likes.column(name).combine_chunks() for name in ("user", "item"))
     return users, items
+
+
+def _require(part: pa.Table, config: InteractionsConfig, url: str) -> None:
+    for setting, name in (("user", config.user), ("item", config.item), ("weight", config.weight)):
+        if name is not None and name not in part.column_names:
+            raise TableError(f"{url} has no column {name!r}: name the one that it has (interactions.{setting})")
+    kind = pa.null() if config.weight is None else part.column(config.weight).type
+    if not any(of(kind) for of in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)):
+        raise TableError(f"{url}: column {config.weight!r} is {kind}, and a weight is a number (interactions.weight)")
 
 
 def _loudness(likes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

@@ -18,7 +18,8 @@ from itemvec.features import FIRST, BagSlot, DenseSlot, Layout
 from itemvec.version import ModelVersion
 from training.data import EncodedTable, Marginals, Prepared
 from training.folds import TEST, TRAIN, some
-from training.ingest import BLOCK, encode, taken
+from training.ingest import BLOCK, encode, stored
+from training.items import taken
 
 MEASURED = 1_000
 """Held-out rows that are measured at most; chosen by their place, so the same for every version of a model."""
@@ -60,7 +61,7 @@ def judged_version(
     parts = encode(table, version.transform)
     if only is not None:
         fold, blocks = fold[only], range(0, len(only), BLOCK)
-        parts = (version.transform.transform_table(taken(table, only[at : at + BLOCK])) for at in blocks)
+        parts = (stored(version.transform.transform_table(taken(table, only[at : at + BLOCK]))) for at in blocks)
     with tempfile.TemporaryDirectory() as place:  # what is mapped stays, and takes no name
         EncodedTable.write(Path(place), parts, layout)
         encoded = EncodedTable.open(Path(place))

@@ -36,7 +36,7 @@ from training.config import ClusterConfig, Settings, TrainConfig
 from training.drift import drift, profile
 from training.folds import some
 from training.gate import Check, GateConfig, GateRefused, before, compare
-from training.ingest import forget, taken
+from training.items import forget, taken
 from training.ledger import load_changed
 from training.progress import Display
 from training.run import Job, locked, read_items, train

@@ -34,8 +34,9 @@ from training.data import Prepared
 from training.evaluate import assess, parent_of, write_report
 from training.exhibits import Exhibits
 from training.folds import TRAIN, some
-from training.ingest import ALONE, Items, forget, taken
+from training.ingest import ALONE
 from training.interactions import Interactions
+from training.items import Items, forget, taken
 from training.judged import judged, measured_rows
 from training.objectives import Predict, chosen
 from training.progress import Display
@@ -182,7 +183,7 @@ def train(job: Job, display: Display) -> Trained:
 
 def read_items(job: Job, also: Iterable[str] = ()) -> Items:
     """The columns that are learned from, and `also` these."""
-    return Items.read(job.table, job.schema, [*job.config.predict.targets, *also], job.runs)
+    return Items.read(job.table, job.schema, [*job.config.predict.targets, *also], job.runs, job.cluster.address)
 
 
 def run_digest(job: Job, table_sha256: str, likes_sha256: str | None = None, parent: str | None = None) -> str:

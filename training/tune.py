@@ -32,7 +32,7 @@ from training.coldstart import cold_start
 from training.config import TrainConfig
 from training.data import Prepared
 from training.folds import TEST, VALIDATION
-from training.ingest import forget
+from training.items import forget
 from training.judged import Views, judged, measured_rows, searched_rows, truth_of
 from training.loop import Trainer
 from training.objectives import chosen

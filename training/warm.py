@@ -31,7 +31,8 @@ from itemvec.version import Manifest, ModelVersion
 from training.config import TrainConfig
 from training.data import Prepared
 from training.folds import TRAIN, some
-from training.ingest import BLOCK, taken
+from training.ingest import BLOCK
+from training.items import taken
 from training.objectives import Reconstruct
 from training.parent import Parent, Weights
 
