@@ -52,11 +52,11 @@ from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.features import FeatureTransform
 from itemvec.registry import Registry
 from itemvec.schema import FeatureSchema
+from itemvec.signals import stop_signals
 from itemvec.version import Lineage, ModelVersion
 from service.arrow import STREAM
 from service.index import Mode, WantedMode
 from service.redis_server import EmbeddedRedis
-from service.runtime import stop_signals
 
 SECTIONS = ("encode", "bulk", "limit", "similar", "load", "growth")
 CONNECTIONS = (1, 16, 64)

@@ -288,8 +288,16 @@ _KIND_CHECKS: dict[type[Feature], Any] = {
 
 
 def undictionaried(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The values themselves where a column holds codes (pandas' categories)."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    """The values themselves where a column holds codes (pandas' categories), or views of texts, which Arrow cannot
+    count."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return undictionaried(column.cast(kind.value_type))
+    if pa.types.is_string_view(kind):
+        return column.cast(pa.large_string())
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_string_view(kind.value_type):
+        return column.cast(pa.large_list(pa.large_string()))
+    return column
 
 
 def flat_labels(column: pa.ChunkedArray, feature: Multi) -> pa.ChunkedArray:

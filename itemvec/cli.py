@@ -23,6 +23,7 @@ from rich.table import Table
 
 from itemvec import __version__
 from itemvec.errors import ItemvecError
+from itemvec.signals import stop_signals
 
 REGISTRY = ".itemvec/registry"
 EXTRAS = {"training": "training", "service": "service"}
@@ -109,9 +110,11 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line on stderr and exit status 1; exit status 2 is a usage error."""
+    """Entry point: an error of ours is one line on stderr and exit status 1; exit status 2 is a usage error. A signal
+    that ends a command lets it tidy up first."""
     try:
-        cli()
+        with stop_signals():
+            cli()
     except ItemvecError as error:
         print(f"itemvec: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_status", 1))

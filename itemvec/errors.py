@@ -93,6 +93,11 @@ class RunNotFound(RegistryError):
         super().__init__(f"no run {run_id!r}; `itemvec runs list` has those that there are")
 
 
+class RunUnreadable(RegistryError):
+    def __init__(self, record: str, why: str) -> None:
+        super().__init__(f"the run record {record} cannot be read: {why.strip()}; removing it loses only what it told")
+
+
 class VersionCorrupt(ItemvecError):
     def __init__(self, ref: str, why: str) -> None:
         super().__init__(f"{ref} is not what was published: {why}; it was not loaded")

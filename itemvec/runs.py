@@ -10,6 +10,7 @@ before it writes, and ends (fencing).
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -22,10 +23,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from itemvec.errors import ItemvecError, RegistryError, RunNotFound
+from itemvec.errors import ItemvecError, RegistryError, RunNotFound, RunUnreadable
 from itemvec.processes import is_alive
 from itemvec.registry import Registry
 from itemvec.roots import Root
+
+log = logging.getLogger("itemvec")
 
 LEASE_SECONDS = 60.0
 """A holder on another machine that was not heard of for so long is taken for dead; one of this machine at once."""
@@ -92,9 +95,14 @@ class Runs:
         self._registry, self._root = registry, registry.root
 
     def of(self, name: str, most: int = KEPT) -> list[Run]:
-        """Of one model, the newest first."""
-        found = sorted(self._root.files(name, RUNS), reverse=True)[:most]
-        return [run for file in found if (run := self._read(name, file)) is not None]
+        """Of one model, the newest first. One that cannot be read is told in the log and left out."""
+        found = []
+        for file in sorted(self._root.files(name, RUNS), reverse=True)[:most]:
+            try:
+                found.append(self._read(name, file))
+            except RunUnreadable as error:
+                log.warning("%s", error)
+        return [run for run in found if run is not None]
 
     def newest(self, most: int = 50) -> list[Run]:
         """Of all models, the newest first."""
@@ -129,7 +137,7 @@ class Runs:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise RegistryError(f"the run record {name}/{RUNS}/{file} cannot be read: {where} {first['msg']}") from None
+            raise RunUnreadable(f"{name}/{RUNS}/{file}", f"{where} {first['msg']}") from None
         if run.state == "running" and _holder(self._root, name) != run.token:
             run.state, run.reason = "interrupted", "its process is gone; the next retraining goes on with it"
         return run

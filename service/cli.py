@@ -37,12 +37,12 @@ def serve(**given: Any) -> None:
     All settings can come from the environment; docs/service.md lists them, limits and keys included.
     """
     from service.config import ServiceConfig
-    from service.runtime import running, stop_signals
+    from service.runtime import running
 
     config = ServiceConfig.read(**given)
     console = Console(stderr=True)
     try:
-        with stop_signals(), console.status("starting") as status, running(config, status.update) as service:
+        with console.status("starting") as status, running(config, status.update) as service:
             status.stop()
             click.echo(f"serving on {service.url}  (API: {service.url}/docs, Ctrl-C stops)")
             service.wait()
@@ -63,12 +63,10 @@ def demo(port: int | None, once: bool, retrain: bool, data_dir: Path | None) -> 
     """
     from service.config import ServiceConfig
     from service.demo import run
-    from service.runtime import stop_signals
 
     config = ServiceConfig.read(port=port, data_dir=data_dir)
     try:
-        with stop_signals():
-            run(config, once=once, retrain=retrain)
+        run(config, once=once, retrain=retrain)
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
         sys.exit(130 if once else 0)

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 import threading
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
 
 from itemvec.errors import ItemvecError
+from itemvec.signals import handlers_kept
 from service.app import APP, application
 from service.config import ServiceConfig
 from service.processes import own_ray_died
@@ -43,7 +43,7 @@ def connected(config: ServiceConfig, folder: Path) -> Iterator[None]:
         }
     try:
         try:
-            with _signal_handlers_kept():
+            with handlers_kept():
                 ray.init(**options, logging_level=logging.ERROR, log_to_driver=True, namespace="itemvec")
         except Exception as error:
             raise ItemvecError(f"Ray did not start: {_last_line(str(error))}") from error
@@ -51,21 +51,6 @@ def connected(config: ServiceConfig, folder: Path) -> Iterator[None]:
     finally:
         if not own_ray_died():  # it would end this very process, before it has tidied up
             ray.shutdown()
-
-
-@contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    # ray.init replaces the handler of SIGTERM, and below Python installs one that prints a stack trace.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 @contextmanager

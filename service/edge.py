@@ -108,7 +108,7 @@ class Request:
         if not (sent := self._scope.get("query_string")):
             return {}
         try:
-            return dict(parse_qsl(sent.decode(), errors="strict"))
+            return dict(parse_qsl(sent.decode(), keep_blank_values=True, errors="strict"))
         except (UnicodeDecodeError, ValueError):
             raise MalformedRequest("the query string is not percent-encoded UTF-8") from None
 

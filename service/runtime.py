@@ -1,6 +1,6 @@
 """Starts the service and stops it: Ray, Serve, HAProxy and the embedded Redis of one machine, or a cluster's Ray.
 
-    with stop_signals(), running(config) as service:
+    with running(config) as service:
         service.wait()
 
 `running` returns when the service answers. Whatever ends the block, what it started is gone afterwards; should this
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from itemvec.errors import ConfigError, ItemvecError, RegistryError, VersionCorrupt
@@ -30,8 +29,6 @@ from service.processes import own_ray_died, processes_with, step_back
 from service.redis_server import EmbeddedRedis
 
 Progress = Callable[[str], None]
-
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 HOUSEKEEPING: Final = (
     "gcs_server", "log_monitor.py", "monitor.py", "dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent",
@@ -87,28 +84,6 @@ def running(config: ServiceConfig, progress: Progress = lambda _: None) -> Itera
         url = stack.enter_context(cluster.deployed(config, sockets))
         step_back(_processes_of(folder), HOUSEKEEPING, RAYS_NICENESS)
         yield Running(url, config, redis)
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the block by KeyboardInterrupt, once; what cleans up is not interrupted.
-
-    Installed even where SIGINT was ignored, as it is for a background command of a shell script.
-    """
-    stopped = False
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal stopped
-        if not stopped:
-            stopped = True
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -> dict[str, str]:

@@ -67,6 +67,8 @@ async def test_the_query_string_may_name_it_too_but_not_by_a_misspelt_parameter(
     item, named = {"input": [TOY]}, {"input": [TOY], "model": "toys@3"}
     assert (await post(toys, "/v1/embeddings?model=toys@2", item)).json()["model"] == "toys@2"
     assert (await post(toys, "/v1/embeddings?model=toys@2", named)).json()["model"] == "toys@3"
+    assert_problem(await post(toys, "/v1/embeddings?model=", item), 422, "/model")  # a template's empty variable
+    assert (await toys.client.get("/v1/items/none?model=")).status_code == 404
     for path in ("/v1/embeddings?modle=toys@2", "/v1/similar?modle=toys@2"):
         told = assert_problem(await post(toys, path, item), 422, "/modle")
     assert told["detail"] == "/modle: is no parameter that the query string of this call can have; there is none"

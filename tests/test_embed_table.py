@@ -91,6 +91,7 @@ def test_vectors_of_two_models_or_tables_do_not_meet_in_one_folder(registry, tmp
     pq.write_table(table(91), tmp_path / "films.parquet")
     with pytest.raises(ConfigError, match="name another folder"):
         embed_table(str(tmp_path / "films.parquet"), registry, "films@1", out)
+    assert not (out / embedding.COPY).exists()
 
 
 def test_a_table_without_a_column_of_the_model_is_refused_before_anything_is_written(registry, tmp_path):

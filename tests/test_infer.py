@@ -24,6 +24,8 @@ def kind_of(column):
         ([True, False] * 20, "nominal"),
         ([["a", "b"], ["b"]] * 20, "multi"),
         (["Drama, War", "Drama"] * 20, "multi"),
+        (pa.array(["a", "b"] * 20, pa.string_view()), "nominal"),
+        (pa.array([["a", "b"], ["b"]] * 20, pa.list_(pa.string_view())), "multi"),
         (["a|b", "b|c", "c"] * 13 + ["a"], "multi"),
         ([float(i % 7) for i in range(N)], "numeric"),
         ([datetime.date(2000, 1, 1 + i % 28) for i in range(N)], "timestamp"),

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from itemvec import runs
 from itemvec.cli import cli
-from itemvec.errors import RegistryError, RunNotFound
+from itemvec.errors import RegistryError, RunNotFound, RunUnreadable
 from itemvec.registry import Registry
 from itemvec.runs import KEPT, Lease, LeaseLost, LeaseTaken, Run, Runs, Step, new_run_id
 
@@ -147,6 +147,16 @@ def test_a_record_is_read_as_it_was_written_and_one_whose_process_is_gone_is_int
         store.get("20261123-031700-000000-ffff")
     with pytest.raises(RunNotFound):
         store.get("../aliases")
+
+
+def test_a_record_that_cannot_be_read_hides_no_other(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    runs, spoilt = Runs(registry), "20261123-031700-000000-0a1c"
+    runs.save(run_of(1))
+    registry.root.replace("toys", f"runs/{spoilt}.json", b"{}")
+    assert [run.id for run in runs.newest()] == [run_of(1).id]
+    assert f"the run record toys/runs/{spoilt}.json cannot be read: id Field required" in caplog.text
+    with pytest.raises(RunUnreadable, match=spoilt):
+        runs.get(spoilt)
 
 
 def test_the_newest_records_are_kept(registry: Registry) -> None:

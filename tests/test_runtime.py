@@ -1,5 +1,3 @@
-import os
-import signal
 import socket
 import stat
 import subprocess
@@ -14,7 +12,7 @@ from itemvec.errors import ConfigError, RegistryError, VersionCorrupt
 from itemvec.registry import Registry
 from service import haproxy
 from service.config import ServiceConfig
-from service.runtime import check_port, check_registry, serve_environment, stop_signals
+from service.runtime import check_port, check_registry, serve_environment
 
 
 def test_a_port_in_use_is_told_with_the_way_out():
@@ -57,27 +55,6 @@ def test_the_environment_names_no_path_outside_the_private_folder(tmp_path):
     assert all(path.startswith(str(tmp_path)) for path in environment.values() if path.startswith("/"))
     assert environment["RAY_AUTH_MODE"] == "token"
     assert "PROMETHEUS_MULTIPROC_DIR" not in environment  # it would break Ray's own metrics
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_block_once_and_not_its_cleaning_up(number):
-    before = signal.getsignal(number)
-    cleaned = False
-
-    def work():
-        nonlocal cleaned
-        try:
-            os.kill(os.getpid(), number)
-            time.sleep(5)
-        finally:
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
-            cleaned = True
-
-    with pytest.raises(KeyboardInterrupt), stop_signals():
-        work()
-    assert cleaned
-    assert signal.getsignal(number) == before
 
 
 def test_the_program_in_haproxys_place_corrects_the_file_and_becomes_haproxy(tmp_path):

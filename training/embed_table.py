@@ -22,7 +22,7 @@ import pyarrow.parquet
 import torch
 
 from itemvec.check import id_errors, require_columns
-from itemvec.errors import ConfigError, InvalidItem, SchemaMismatch
+from itemvec.errors import ConfigError, InvalidItem, ItemvecError, SchemaMismatch
 from itemvec.registry import Registry
 from itemvec.table import BATCH
 from itemvec.version import ModelVersion
@@ -85,8 +85,13 @@ def embed_table(
     name, version = registry.resolve(ref)
     model = registry.load(f"{name}@{version}")
     items = Items.read(table, model.schema, (), out / COPY, address)
-    _check(items.table, model, table)
-    _claim(out, {"model": model.ref, "fingerprint": model.fingerprint, "table": items.digest, "rows_per_file": BLOCK})
+    about = {"model": model.ref, "fingerprint": model.fingerprint, "table": items.digest, "rows_per_file": BLOCK}
+    try:
+        _check(items.table, model, table)
+        _claim(out, about)
+    except ItemvecError:
+        shutil.rmtree(out / COPY, ignore_errors=True)  # a run that is cut short leaves it to the next one
+        raise
     blocks = [
         Block(
             items.copy.resolve(),
