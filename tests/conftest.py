@@ -46,14 +46,14 @@ def empty_redis(redis_url: str) -> str:
 
 @pytest.fixture
 async def store(empty_redis: str) -> AsyncIterator[Store]:
-    async with Store(empty_redis) as store:
+    async with Store(empty_redis, timeout=serving.PATIENCE) as store:
         yield store
 
 
 @pytest.fixture
 async def other(empty_redis: str) -> AsyncIterator[Store]:
     """A second replica of the service."""
-    async with Store(empty_redis) as store:
+    async with Store(empty_redis, timeout=serving.PATIENCE) as store:
         yield store
 
 

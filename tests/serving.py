@@ -52,6 +52,10 @@ features:
   added: {kind: timestamp, filterable: true}
 """
 DIM = 8
+PATIENCE = 5.0
+"""Seconds that a store waits for Redis where how soon it gives up is not the point: on a busy machine Redis too may
+wait for a core, and for longer than the 0.12 s that a service gives it."""
+
 JSON = {"Content-Type": "application/json"}
 
 
@@ -130,7 +134,9 @@ async def eventually(is_so: Callable[[], Awaitable[bool]], seconds: float = 20.0
 async def running(registry: Path, redis_url: str, searchable: bool = True, **settings: Any) -> AsyncIterator[Running]:
     """A service over the registry folder, `searchable` when this returns."""
     config = ServiceConfig.read(
-        registry=str(registry), redis_url=redis_url, **{"registry_poll_seconds": 0.05, **settings}
+        registry=str(registry),
+        redis_url=redis_url,
+        **{"registry_poll_seconds": 0.05, "store_timeout": PATIENCE, **settings},
     )
     metrics, known = Metrics(), Registry(registry)
     store = Store(redis_url, timeout=config.store_timeout, index=config.index, changed=metrics.degraded)

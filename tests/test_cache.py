@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 async def store(empty_redis: str) -> AsyncIterator[Store]:
-    async with Store(empty_redis) as store:
+    async with Store(empty_redis, timeout=serving.PATIENCE) as store:
         yield store
 
 
@@ -148,7 +148,7 @@ async def test_what_one_replica_encoded_another_finds_in_redis(
     odd = {**TOY, "maker": "nobody", "colour": "red"}
     made, _ = await EncodeCache(store, "redis", 100).encode(one.version, [TOY, odd], "", one)
     await asyncio.sleep(0.05)  # the answer does not wait for the write
-    async with Store(empty_redis) as elsewhere:
+    async with Store(empty_redis, timeout=serving.PATIENCE) as elsewhere:
         kept = EncodeCache(elsewhere, "redis", 100, metrics)
         found, _ = await kept.encode(one.version, [odd, TOY, {"price": 1}], "", one)
         assert one.calls == [[TOY, odd], [{"price": 1}]]

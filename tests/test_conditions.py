@@ -109,7 +109,7 @@ CASES: list[tuple[Condition, Callable[[dict[str, Any]], bool]]] = [
 async def films(request: pytest.FixtureRequest, empty_redis: str) -> AsyncIterator[tuple[Store, np.ndarray[Any, Any]]]:
     mode: Mode = request.param
     vectors = np.random.default_rng(0).standard_normal((len(ITEMS), DIM)).astype(np.float32)
-    async with Store(empty_redis, index=mode) as store:
+    async with Store(empty_redis, timeout=5.0, index=mode) as store:
         await store.indexes.ensure("films", "aa", DIM, fields=attributes.index_fields(SCHEMA))
         await store.mark_live("films", "aa", "films@1")
         assert (await store.indexes.status("films", "aa")).mode == mode
@@ -165,7 +165,7 @@ async def test_recall_stays_with_a_filter_that_few_pass(empty_redis: str) -> Non
     vectors[:50] += 3.0
     columns = attributes.filterable(schema)
     rare = [attributes.fields(columns, {"c": "rare" if i < 50 else "common"}) for i in range(5000)]
-    async with Store(empty_redis, index="hnsw") as store:
+    async with Store(empty_redis, timeout=5.0, index="hnsw") as store:
         await store.indexes.ensure("m", "aa", 32, fields=attributes.index_fields(schema))
         await store.put("m", [str(i) for i in range(5000)], [b"{}"] * 5000, {"aa": Encoded(vectors, attributes=rare)})
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -179,7 +179,7 @@ async def test_recall_stays_with_a_filter_that_few_pass(empty_redis: str) -> Non
 
 
 async def test_a_column_that_the_index_has_not_got_yet_is_an_error_and_not_an_empty_answer(empty_redis: str) -> None:
-    async with Store(empty_redis) as store:
+    async with Store(empty_redis, timeout=5.0) as store:
         await store.indexes.ensure("films", "aa", DIM)
         with pytest.raises(StoreUnavailable, match="has no column genre yet"):
             await store.search("films", "aa", np.ones(DIM), 1, where=Eq("genre", "-"), schema=SCHEMA)

@@ -20,7 +20,7 @@ async def test_one_switches_at_a_time(store: Store, other: Store) -> None:
 
 
 async def test_a_job_is_kept_for_a_while(store: Store, other: Store) -> None:
-    await store.leases.save_job("7", b'{"state": "running"}', ttl=0.2)
+    await store.leases.save_job("7", b'{"state": "running"}', ttl=0.5)
     assert await other.leases.job("7") == b'{"state": "running"}'
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.55)
     assert await other.leases.job("7") is None

@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from films import SCHEMA, table
+from ray._private import state as ray_state
 
 from itemvec.encoder import EncoderConfig
 from itemvec.errors import ConfigError
@@ -203,6 +204,9 @@ def test_ray_trains_what_the_bare_loop_trains(ray_cluster, data, tmp_path):
     list(bare.epochs())
     assert torch.equal(state["best"]["encoder"]["table"], bare.best["encoder"]["table"])
     assert [m["epoch"] for m in told if "train" in m] == [1, 2, 3, 4]
+    started = {actor["ActorClassName"] for actor in ray_state.actors().values()}
+    assert {"TrainController", "RayTrainWorker"} <= started
+    assert not started & {"DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher"}, "each costs a second"
 
 
 @pytest.mark.slow

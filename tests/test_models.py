@@ -77,7 +77,7 @@ async def test_a_service_without_any_model_does_not_start(tmp_path: Path, toy_re
     (garbage / "toys" / "aliases.json").write_text("[]")
     for root, error in ((tmp_path / "empty", RegistryError), (garbage, RegistryError), (folder, VersionCorrupt)):
         config = ServiceConfig.read(registry=str(root), redis_url=redis_url)
-        async with Store(redis_url) as store:
+        async with Store(redis_url, timeout=serving.PATIENCE) as store:
             models = LoadedModels(Registry(root), store, config)
             with pytest.raises(error):
                 await models.start()
@@ -136,7 +136,7 @@ async def test_among_several_models_a_request_must_name_one(
 
 
 async def test_until_its_first_index_is_there_the_store_is_filling(toy_registry: Path, empty_redis: str) -> None:
-    store = Store(empty_redis)
+    store = Store(empty_redis, timeout=serving.PATIENCE)
     config = ServiceConfig.read(registry=str(toy_registry), redis_url=empty_redis)
     models = LoadedModels(Registry(toy_registry), store, config)
     await models.start()

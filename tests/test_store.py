@@ -100,7 +100,7 @@ async def test_where_a_graph_gives_too_few_every_vector_is_compared(
 async def test_a_search_that_was_cut_short_is_an_error(raw_redis: redis.Redis, empty_redis: str) -> None:
     # A reply of the real server, with too little time for 20,000 x 128 numbers.
     vectors = np.random.default_rng(0).standard_normal((20_000, 128)).astype(np.float32)
-    async with Store(empty_redis) as store:
+    async with Store(empty_redis, timeout=5.0) as store:
         await store.indexes.ensure("movies", "aa", 128, mode="flat")
         await store.put("movies", [str(i) for i in range(20_000)], [b"{}"] * 20_000, {"aa": vectors})
         reply = await store._bulk.command(
@@ -285,7 +285,7 @@ async def test_ids_may_be_any_text(store: Store) -> None:
 @given(ids=st.lists(st.text(min_size=1, max_size=128), min_size=1, max_size=8, unique=True))
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_ids_may_be_any_text_that_hypothesis_thinks_of(redis_url: str, ids: list[str]) -> None:
-    async with Store(redis_url) as store:
+    async with Store(redis_url, timeout=5.0) as store:
         await go_live(store)
         await round_trip(store, ids)
 
@@ -464,7 +464,7 @@ async def test_a_scan_has_every_item_that_was_there_all_the_time(store: Store, o
 
 async def test_a_scan_tells_that_redis_was_restarted(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path) as server:
-        async with Store(server.url) as store:
+        async with Store(server.url, timeout=5.0) as store:
             await go_live(store)
             ids = [f"tt{i}" for i in range(2000)]
             await store.put("movies", ids, [b"{}"] * 2000, {"aa": np.ones((2000, 2), np.float32)})

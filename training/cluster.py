@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from itemvec.errors import ConfigError, ItemvecError
+from itemvec.signals import handlers_kept
 from training.config import ClusterConfig, TrainConfig
 
 Told = Callable[[dict[str, Any]], None]
@@ -42,6 +43,11 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default will change to this; without it every worker warns
 }
+OWN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether the cloud takes a node back
+    "RAY_prestart_worker_first_driver": "0",  # processes for tasks that may never come: those that do come start them
+}
+"""Of a cluster of our own, whose cores are better spent on the run itself."""
 
 
 class TrainingFailed(ItemvecError):
@@ -78,7 +84,7 @@ def require_reachable(address: str) -> None:
 def own_cluster(num_cpus: int | None = None) -> Iterator[None]:
     """A Ray of this machine and for this process, with as many CPUs as there are."""
     with _folder() as folder:
-        settings = dict(ENVIRONMENT)
+        settings = ENVIRONMENT | OWN
         if "ray" not in sys.modules:  # once imported, it has read which token to use: its own, in the user's home
             token = folder / "token"  # Ray runs code for whoever reaches its ports
             token.touch(mode=0o600)
@@ -121,7 +127,8 @@ def _ray(**options: Any) -> Iterator[None]:
     import ray  # noqa: PLC0415
 
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, namespace="itemvec")
+        with handlers_kept():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, namespace="itemvec")
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = "did not start" if options["address"] == "local" else f"is not at {options['address']!r}"
         token = "" if "RAY_AUTH_MODE" in os.environ else "; if that cluster asks for a token, set RAY_AUTH_MODE=token"
@@ -152,12 +159,13 @@ def fit(folder: Path, config: TrainConfig, cluster: ClusterConfig, told: Told = 
     """
     import torch  # noqa: PLC0415
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
-    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
+    from ray.train.torch import TorchConfig  # noqa: PLC0415
 
     from training import loop  # noqa: PLC0415
+    from training.trainer import LeanTrainer  # noqa: PLC0415
 
     resources = _room(cluster)
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         loop.work,
         train_loop_config={"folder": str(folder), "config": config.model_dump(mode="json")},
         scaling_config=ScalingConfig(

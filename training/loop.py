@@ -63,9 +63,8 @@ def work(settings: dict[str, Any]) -> None:
     saved = time.monotonic()
     for metrics in trainer.epochs(tell):
         # Every worker must make the same choice, because a report waits for all of them: the first one's clock decides.
-        due = trainer.agree(trainer.finished or time.monotonic() - saved > trainer.config.checkpoint_seconds)
-        if not due:
-            ray.train.report(metrics)
+        # Other epochs are not reported: Ray hears five a second at most, and those of a small table are shorter.
+        if not trainer.agree(trainer.finished or time.monotonic() - saved > trainer.config.checkpoint_seconds):
             continue
         saved = time.monotonic()
         with tempfile.TemporaryDirectory() as place:
