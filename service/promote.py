@@ -188,6 +188,8 @@ class Promotions:
         said: dict[str, str] = {}
         while True:
             for name, version in list(self._models.serving.items()):
+                if any(job.name == name for job in self._running.values()):
+                    continue  # what is read now may be done, and the lease free, when the next job asks for it
                 try:
                     if await self._store.indexes.reindex_wanted(name, version.fingerprint):
                         await self._start(name, version.version, "size", "reindex")
