@@ -3,7 +3,7 @@
 import asyncio
 from binascii import b2a_base64
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -211,15 +211,15 @@ class Api:
     async def embeddings(self, request: Request) -> Answer:
         """Encodes items with a model's champion or with the version that is named. Nothing is stored."""
         body = await request.body(JSON, arrow.STREAM)
-        ids, base64 = None, False
         ref, size = requests.read_embeddings_query(request.query)
+        ids, base64 = None, False
         if request.media_type == arrow.STREAM:
-            table = arrow.read_table(body, self._limits, "/input")
+            table = await self._models.aside(len(body), arrow.read_table, body, self._limits, "/input")
             version = await self._models.get(ref)
             ids, table = arrow.without_ids(table, version.schema)
             encoding = await self._measured.encode_table(request, version, table, "/input")
         else:
-            wanted = requests.read_embeddings(body, self._limits)
+            wanted = await self._models.aside(len(body), requests.read_embeddings, body, self._limits)
             size, base64 = wanted.dimensions or size, wanted.base64
             version = await self._models.get(wanted.model or ref)
             encoding = await self._measured.encode(request, version, wanted.items, "/input")
@@ -229,23 +229,9 @@ class Api:
             said["degraded"] = True
         if request.wants(arrow.STREAM):
             metadata = {name: str(value).lower() if value is True else value for name, value in said.items()}
-            stream = arrow.embeddings(ids, vectors, encoding.statuses, metadata)
-            return Answer(stream, content_type=arrow.STREAM)
-        rows: Sequence[Vectors] | Sequence[str] = list(vectors)
-        if base64:
-            packed, width = vectors.astype("<f4", copy=False).tobytes(), 4 * vectors.shape[1]
-            rows = [b2a_base64(packed[at : at + width], newline=False).decode() for at in range(0, len(packed), width)]
-        count = len(rows)
-        answer: dict[str, Any] = {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": i, "embedding": rows[i], "columns": columns}
-                for i, columns in enumerate(encoding.statuses)
-            ],
-            **said,
-            "usage": {"prompt_tokens": count, "total_tokens": count},
-        }
-        return Answer.json(answer)
+            given = arrow.embeddings, ids, vectors, encoding.statuses, metadata
+            return Answer(await self._models.aside(vectors.nbytes, *given), content_type=arrow.STREAM)
+        return await self._models.aside(vectors.nbytes, _embeddings, vectors, encoding.statuses, base64, said)
 
     async def similar(self, request: Request) -> Answer:
         """The stored items nearest to what each query looks for, by cosine.
@@ -420,6 +406,26 @@ class Api:
         stored = await self._writer.upsert(version, ids, items, raws, took, vectors)
         self._metrics.columns(version.ref, [one.columns for one in stored])
         return stored
+
+
+def _embeddings(
+    vectors: Vectors, statuses: Sequence[Mapping[str, str]], base64: bool, said: Mapping[str, Any]
+) -> Answer:
+    rows: Sequence[Vectors] | Sequence[str] = list(vectors)
+    if base64:
+        packed, width = vectors.astype("<f4", copy=False).tobytes(), 4 * vectors.shape[1]
+        rows = [b2a_base64(packed[at : at + width], newline=False).decode() for at in range(0, len(packed), width)]
+    count = len(rows)
+    answer: dict[str, Any] = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": i, "embedding": rows[i], "columns": columns}
+            for i, columns in enumerate(statuses)
+        ],
+        **said,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+    return Answer.json(answer)
 
 
 def _shortened(vectors: Vectors, size: int, version: ModelVersion) -> Vectors:

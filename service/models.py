@@ -48,6 +48,8 @@ INLINE_ITEMS = 32
 """Up to this many items are encoded in the event loop, where handing them to a thread would cost more than the work.
 More would hold up every other request for milliseconds, so they go to a thread."""
 
+INLINE_BYTES = 65_536
+"""The same of a body that is read, and of vectors that are written."""
 
 ROWS_AT_ONCE = 2048
 """Of an Arrow stream: some 70 ms of work on films, after which another request has its turn. Fewer cost more each."""
@@ -234,6 +236,13 @@ class LoadedModels:
             return done, began - asked, perf_counter() - began
 
         return await asyncio.get_running_loop().run_in_executor(self._encoders, timed)
+
+    async def aside(self, size: int, work: Callable[..., T], *args: object) -> T:
+        """What `work` over so many bytes gives. Of many by the thread that encodes: two threads that both run Python
+        hand the interpreter to each other at every step, and take a sixth more of a core for the same requests."""
+        if size <= INLINE_BYTES:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, work, *args)
 
     async def in_thread(self, read: Callable[..., T], *args: object) -> T:
         """For what reads the registry's files, which may lie on a slow disk."""
