@@ -4,9 +4,10 @@ results.json.
 Epochs: items a second of `itemvec train`'s loop on one Ray worker, which reads a memory-mapped table, against a bare
 PyTorch loop over the same tensors in memory: same network, losses, noise, optimizer and batch size, one thread each.
 Then two workers at the same global batch. Seconds: those of a whole run by phase. Growth: seconds of encoding and items
-a second of an epoch as rows, columns and labels grow. Embed: items a second of `itemvec embed-table` against a loop
-that only encodes. Peer: seconds of training until what is read back is as good as at the best epoch of
-pytorch-tabular's denoising autoencoder, on the columns of the films that it can read. The table is
+a second of an epoch as rows, columns and labels grow. Copy: seconds until a table of ten Parquet files is the mapped
+copy that training reads, by the driver alone, by tasks of the cluster, and by Ray Data. Embed: items a second of
+`itemvec embed-table` against a loop that only encodes. Peer: seconds of training until what is read back is as good as
+at the best epoch of pytorch-tabular's denoising autoencoder, on the columns of the films that it can read. The table is
 examples/movies.parquet, repeated with fresh ids.
 
 Large, only if `--only` names it: `itemvec train` of `--rows` made-up films, and the memory of all its processes; and
@@ -33,6 +34,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
+from benchmarks._copying import copy
 from benchmarks._large import watched, write_films
 from itemvec.encoder import Decoder, ItemEncoder
 from itemvec.registry import Registry
@@ -328,7 +330,7 @@ def _listed(rates: list[float]) -> str:
     return ", ".join(f"{rate:,.0f}" for rate in rates)
 
 
-SECTIONS = ("epochs", "seconds", "growth", "embed", "peer", "large")
+SECTIONS = ("epochs", "seconds", "growth", "copy", "embed", "peer", "large")
 
 
 @click.command()
@@ -356,6 +358,10 @@ def main(out: Path, quick: bool, only: str | None, rows: int, peer_python: str |
             click.echo(f"\na whole run over {of_epoch:,} films, seconds\n{told}")
         if "growth" in wanted:
             results["growth"] = growth(of_epoch, place)
+        if "copy" in wanted:
+            copied, schema = 225 * of_epoch, FeatureSchema.load(EXAMPLES / "movies.schema.yaml")
+            click.echo(f"\ncopying {copied:,} films")
+            results["copy"] = copy(EXAMPLES / "movies.parquet", schema, copied, 1 if quick else 3, place)
         if "embed" in wanted:
             results["embed"] = embed(30 * of_epoch if not quick else 200_000, place)
         if "peer" in wanted:

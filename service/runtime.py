@@ -96,7 +96,9 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # which that turns off, and then Serve drops what a replica logs
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # in pieces of 16 kB, a bulk request is read piece by piece
+        # A bulk request comes to a replica in pieces of this size, and each makes the event loop and the thread that
+        # encodes hand the interpreter to each other: 16 kB by default.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy-here"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(inside / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(inside / "a"),
