@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import inf
 from time import monotonic, perf_counter
 from typing import Any, TypeVar
 
@@ -53,6 +54,10 @@ INLINE_BYTES = 65_536
 
 ROWS_AT_ONCE = 2048
 """Of an Arrow stream: some 70 ms of work on films, after which another request has its turn. Fewer cost more each."""
+
+YOUNG_SECONDS, SOON = 10.0, 0.2
+"""For so long a replica may answer requests before the others know of it, and tell it of a switch: until then it reads
+the registry itself so often."""
 
 REFUSED_SECONDS = 30.0
 """A corrupt version is not read again for so long: reading all its files is work, and polls and callers repeat."""
@@ -310,9 +315,11 @@ class LoadedModels:
 
     async def _poll(self) -> None:
         said: dict[str, str] = {}
+        started = monotonic()
         while True:
+            young = monotonic() - started < YOUNG_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._poll_seconds)
+                await asyncio.wait_for(self._wake.wait(), min(self._poll_seconds, SOON if young else inf))
             self._wake.clear()
             try:
                 names = await self.in_thread(self.registry.names)

@@ -99,6 +99,12 @@ class RealService:
             if title.startswith("ray::ServeReplica") and not title.endswith("initialize_and_get_metadata")
         ]
 
+    def asked(self) -> set[str]:
+        """The sockets of the replicas that HAProxy sends requests to."""
+        lines = [title.split() for title in self.processes().values() if "/haproxy" in title]
+        configs = {words[words.index("-f") + 1] for words in lines if "-f" in words}
+        return {word for config in configs for word in Path(config).read_text().split() if word.startswith("unix@")}
+
     def metric(self, series: str) -> float:
         answer = self.client.get("/metrics")
         assert answer.status_code == 200, answer.text

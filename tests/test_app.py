@@ -108,13 +108,14 @@ def test_metrics_are_the_exact_sum_over_replicas_and_survive_one(real_service: R
     assert {real_service.metric(TOTAL) for _ in range(10)} == {before + 400}  # whichever replica is asked
 
     victim, *_ = replicas = real_service.replicas()
-    assert len(replicas) == 2
+    asked = real_service.asked()
+    assert len(replicas) == len(asked) == 2
     os.kill(victim, signal.SIGKILL)
     # Never a partial sum: until the dead one is known to be dead, 503 is a right answer.
     eventually(lambda: answered(real_service, "/metrics"))
     assert real_service.metric(TOTAL) == before + 400
     assert embed(real_service, 80).total() == 80  # by the other replica
-    eventually(lambda: len(real_service.replicas()) == 2, 60)
+    eventually(lambda: len(real_service.asked() - asked) == 1 and len(real_service.asked()) == 2, 60)
     assert embed(real_service, 80).total() == 80
     assert real_service.metric(TOTAL) == before + 560
 
