@@ -144,7 +144,7 @@ class EmbeddedRedis:
             "databases": "1",
             "save": "",  # the append-only file has everything; a snapshot besides it only costs memory
             "appendonly": "yes",
-            "appendfsync": "everysec",  # a killed server loses nothing, a power cut the last second
+            "appendfsync": "everysec",  # a power cut costs the last second; a kill nothing, or two where the disk lags
             "hash-max-listpack-value": "1024",  # saves 200 bytes an item up to 256 dimensions
             "maxmemory-policy": "noeviction",  # an evicted item would vanish from the results without a word
             "loadmodule": str(engine),

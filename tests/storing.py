@@ -5,6 +5,7 @@ import signal
 import time
 
 import numpy as np
+import redis
 from numpy.typing import NDArray
 
 from service.redis_server import EmbeddedRedis
@@ -27,6 +28,10 @@ def turned(angle: float) -> Vectors:
 
 
 def kill(server: EmbeddedRedis) -> None:
+    """Once the system has what was acknowledged: while the disk is busy with an earlier part, Redis keeps it back."""
+    with redis.Redis.from_url(server.url) as client:
+        while client.info("persistence").get("aof_buffer_length"):
+            time.sleep(0.01)
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     while server.pid is not None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import clock
 import pytest
 import serving
 from serving import DIM, ITEMS, TOY, Running, assert_problem, eventually, post
+from storing import kill
 
 from service.config import ServiceConfig
 from service.redis_server import EmbeddedRedis
@@ -41,13 +41,6 @@ def hang(server: EmbeddedRedis) -> None:
 def go_on(server: EmbeddedRedis) -> None:
     assert server.pid is not None
     os.kill(server.pid, signal.SIGCONT)
-
-
-def kill(server: EmbeddedRedis) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.pid is not None:
-        time.sleep(0.005)
 
 
 def start(server: EmbeddedRedis) -> None:

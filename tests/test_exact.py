@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import redis
 import rediscluster
 import serving
 from numpy.typing import NDArray
+from storing import restart
 
 from itemvec.errors import ConfigError, StoreUnavailable
 from service import exact
@@ -206,14 +206,6 @@ async def test_a_cluster_with_a_hung_node_costs_no_more_than_200_ms(
         assert all(await store.get_many("h", ids))
 
 
-def started_again(server: EmbeddedRedis) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.pid is not None:
-        time.sleep(0.005)
-    server.start()
-
-
 async def test_what_a_restarted_redis_lost_leaves_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "RESTART_SECONDS", 0.0)
     with EmbeddedRedis(tmp_path) as server:
@@ -227,7 +219,7 @@ async def test_what_a_restarted_redis_lost_leaves_the_memory(tmp_path: Path, mon
                 for log in client.scan_iter("iv:log:*"):
                     client.zrem(log, "lost")
             assert await found(store) == ["kept", "lost"]
-            await asyncio.to_thread(started_again, server)
+            await asyncio.to_thread(restart, server)
             assert await found(store) == ["kept"]
 
 

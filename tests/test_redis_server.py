@@ -1,5 +1,4 @@
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from storing import kill
 
 from itemvec.errors import ConfigError
 from service import redis_server
@@ -24,12 +24,6 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 
 def client_of(server: EmbeddedRedis) -> redis.Redis:
     return redis.Redis.from_url(server.url, protocol=3)
-
-
-def kill(server: EmbeddedRedis) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    wait_until(lambda: server.pid is None)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
