@@ -128,6 +128,9 @@ class Promotions:
         """When the last try at a version failed."""
 
         self._tasks: set[asyncio.Task[None]] = set()
+        self._taking_back: set[asyncio.Task[None]] = set()
+        """Those that `stop` lets end."""
+
         self._watching = False
         models.when_behind(self.follow)
 
@@ -141,6 +144,7 @@ class Promotions:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._taking_back, return_exceptions=True)
 
     async def promote(self, name: str, version: int | str) -> Job:
         """Starts the switch to a version, or to what an alias names; one under way to the same is the answer.
@@ -278,7 +282,7 @@ class Promotions:
                 await self._backfill(job, version)
             except BaseException:
                 if not was_live:
-                    await asyncio.shield(self._withdraw(job, version))
+                    await asyncio.shield(self._spawn(self._withdraw(job, version), self._taking_back))
                 raise
 
     async def _has_columns(self, version: ModelVersion) -> bool:
@@ -408,10 +412,14 @@ class Promotions:
         job.heard = time.time()
         await self._store.leases.save_job(job.id, orjson.dumps(asdict(job)), KEPT_SECONDS)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn(
+        self, work: Coroutine[Any, Any, None], among: "set[asyncio.Task[None]] | None" = None
+    ) -> "asyncio.Task[None]":
+        """Among the tasks that `stop` cancels, if not said otherwise."""
+        task, among = asyncio.create_task(work), self._tasks if among is None else among
+        among.add(task)
+        task.add_done_callback(among.discard)
+        return task
 
 
 async def _while_held(job: Job, work: asyncio.Task[None], renewal: asyncio.Task[None]) -> None:

@@ -13,6 +13,7 @@ import redis
 import serving
 from serving import ITEMS, JSON, TOY, Running, assert_problem, eventually, post
 
+from itemvec.errors import StoreUnavailable
 from itemvec.version import ModelVersion
 from service import index, promote
 from service.conditions import Exists
@@ -295,6 +296,29 @@ async def test_an_index_that_outgrew_its_form_gets_another_in_a_job(
     await asyncio.sleep(0.2)
     assert len(started) == 1
     await promotions.stop()
+
+
+async def test_what_a_failed_job_takes_back_is_taken_back_before_the_service_ends(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promotions, taking_back, taken_back = Promotions(toys.models, toys.store), asyncio.Event(), []
+    unmark = toys.store.unmark_live
+
+    async def failing(*_: Any) -> None:
+        raise StoreUnavailable("the disk is full")
+
+    async def slowly(*args: str) -> None:
+        taking_back.set()
+        await asyncio.sleep(0.05)
+        await unmark(*args)
+        taken_back.append(args)
+
+    monkeypatch.setattr(promotions, "_backfill", failing)
+    monkeypatch.setattr(toys.store, "unmark_live", slowly)
+    await promotions.backfill("toys", 2)
+    await taking_back.wait()
+    await promotions.stop()
+    assert taken_back == [("toys", toys.registry.manifest("toys", 2).fingerprint)]
 
 
 async def test_items_that_the_new_version_refuses_may_come_during_the_backfill(
