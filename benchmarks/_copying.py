@@ -1,6 +1,7 @@
 """A table of several Parquet files on its way to the mapped copy that training reads: by the driver alone, by tasks of
 the Ray cluster, and by Ray Data, whose tasks write the same files."""
 
+import logging
 import shutil
 import statistics
 import time
@@ -68,6 +69,7 @@ def _fresh(folder: Path) -> Path:
 def _by_ray_data(source: str, columns: list[str], folder: Path) -> pa.Table:
     import ray.data  # noqa: PLC0415 - takes seconds
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.execution_options.preserve_order = False, True
 

@@ -5,9 +5,9 @@
 
 This process copies a table batch by batch to one file. A large one, where there is a Ray cluster, is copied by tasks on
 all its machines, a file each of whole row groups and whole text files; not by Ray Data, which takes the types of a CSV
-file from its first megabyte and is half as fast on Parquet. Tasks read as this process would, and what one of them
-cannot read this process does: for another machine a table may lie out of reach, and where it is the table that is wrong
-the error is the same one.
+file from its first megabyte and is slower on Parquet (`benchmarks.training`). Tasks read as this process would, and
+what one of them cannot read this process does: for another machine a table may lie out of reach, and where it is the
+table that is wrong the error is the same one.
 """
 
 import hashlib
