@@ -101,6 +101,17 @@ async def test_a_model_that_is_published_later_is_served_too(
         assert service.models.champion().ref == "toys@1"
 
 
+async def test_a_young_replica_does_not_wait_for_its_poll(tmp_path: Path, toy_registry: Path, empty_redis: str) -> None:
+    folder = serving.copied(toy_registry, tmp_path / "r")
+    async with serving.running(folder, empty_redis, model="toys", registry_poll_seconds=60.0) as service:
+        serving.publish(service.registry, 9, alias="champion", name="games")
+
+        async def served() -> bool:
+            return "games" in service.models.serving
+
+        await eventually(served)
+
+
 async def test_a_registry_that_does_not_answer_once_is_followed_again(
     tmp_path: Path, toy_registry: Path, empty_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
