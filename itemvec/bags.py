@@ -8,67 +8,65 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, compress, repeat
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from itemvec.check import label_counts
-from itemvec.notes import Notes
+from itemvec.notes import Notes, Status
 from itemvec.schema import AnyFeature, Multi, Nominal, Ordinal, Text
 from itemvec.values import PYTHON_TYPES, all_hashed, canonical, hashed
 from itemvec.vocabulary import FIRST, MISSING, OOV, Ints, Vocabulary
 
-EMPTY = 4
-"""Empty places that the table of a batch of sets may have for each row in it, beyond SHORT places for each set. As a
-table, set under set, they are sorted twenty times as fast as otherwise; not where one is far longer than the rest."""
-
-SHORT = 64
-
-NOTHING = np.iinfo(np.int64).max
-"""In an empty place: behind every row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bags:
-    """The bags of one column for n values."""
-
-    rows: Ints
-    """(nnz,) value by value, ascending within a bag"""
-    lengths: Ints
-    """(n,)"""
-    weights: npt.NDArray[np.float64]
-    """(n,) what each row of a bag counts in the bag's sum"""
+Part = tuple[Ints, Ints]
+"""(nnz,) rows and (n,) lengths: how many of them each of n values has. In any order and repeated; MISSING or nothing
+where there is none."""
 
 
 class BagColumn(ABC):
     """A column whose values become a few rows of the shared table each."""
 
     feature: AnyFeature
+    step: float | None = None
+    """What each known row of a bag counts in the bag's sum. None: n rows count 1/sqrt(n) each, so that a long cast does
+    not outweigh all else."""
 
     @property
     @abstractmethod
     def rows(self) -> int:
         """How many rows of the table are this column's."""
 
+    @property
+    def shared(self) -> int:
+        """From this row on, labels that training did not know share rows."""
+        return self.rows
+
     @abstractmethod
-    def bag(self, value: Any, i: int, notes: Notes) -> tuple[list[int], float]:
-        """Its rows, ascending, and what each of them counts; `i` is the item's place in the notes."""
+    def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
+        """Its rows, ascending; what is wrong with it goes to the notes, where `i` is the item's place."""
 
-    def bags(self, values: Sequence[Any], notes: Notes) -> Bags:
-        """The bags of all values, in as few calls as there can be."""
+    def bags(self, values: Sequence[Any], notes: Notes) -> list[Part]:
+        """The same of many values, each bag in one part or spread over several, in as few calls as there can be."""
         bags = [self.bag(value, i, notes) for i, value in enumerate(values)]
-        rows = np.fromiter(chain.from_iterable(rows for rows, _ in bags), np.int64)
-        return Bags(rows, np.array([len(rows) for rows, _ in bags], np.int64), np.array([weight for _, weight in bags]))
+        return [(np.fromiter(chain.from_iterable(bags), np.int64), np.fromiter(map(len, bags), np.int64, len(bags)))]
 
-    def arrow_bags(self, column: pa.ChunkedArray, notes: Notes) -> Bags | None:
+    def arrow_bags(self, column: pa.ChunkedArray) -> list[Part] | None:
         """The same of an Arrow column that need not become Python values; None where it has to."""
         return None
+
+    def weight(self, bag: Sequence[int]) -> float:
+        """What each row of the bag counts in its sum."""
+        return 1.0 / math.sqrt(len(bag)) if self.step is None or bag[0] < FIRST else self.step
+
+    def status(self, bag: Sequence[int]) -> Status:
+        """Of a bag with a row that does not stand for one known label."""
+        if bag[0] == MISSING:
+            return "missing"
+        return "partly_oov" if any(FIRST <= row < self.shared for row in bag) else "oov"
 
     def state(self) -> dict[str, Any]:
         """What was fitted, as JSON; a vocabulary's labels aside."""
@@ -99,6 +97,10 @@ class LabelColumn(BagColumn):
     @property
     def rows(self) -> int:
         return self.vocabulary.rows
+
+    @property
+    def shared(self) -> int:
+        return self.vocabulary.shared
 
     def state(self) -> dict[str, Any]:
         return {"filled": self.vocabulary.filled}
@@ -131,56 +133,39 @@ _ARROW_TYPES = {
 class NominalColumn(LabelColumn):
     """One label, one row."""
 
-    def bag(self, value: Any, i: int, notes: Notes) -> tuple[list[int], float]:
-        row = MISSING
+    def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
         if type(value) is self._type:
-            row = self.vocabulary.row(value)
-        elif value is not None:
+            return [self.vocabulary.row(value)]
+        if value is not None:
             notes.wrong(i, self.feature.name, f"a label ({self.feature.dtype})", value)
-        if not FIRST <= row < self.vocabulary.shared:
-            notes.statuses[i][self.feature.name] = "missing" if row == MISSING else "oov"
-        return [row], 1.0
+        return [MISSING]
 
-    def bags(self, values: Sequence[Any], notes: Notes) -> Bags:
+    def bags(self, values: Sequence[Any], notes: Notes) -> list[Part]:
         if not self._are_labels(values):
             return super().bags(values, notes)
-        return self._noted(self.vocabulary.rows_of(values), notes)
+        return [(self.vocabulary.rows_of(values), np.ones(len(values), np.int64))]
 
-    def arrow_bags(self, column: pa.ChunkedArray, notes: Notes) -> Bags | None:
+    def arrow_bags(self, column: pa.ChunkedArray) -> list[Part] | None:
         rows = self._arrow_rows(column.combine_chunks())
-        return None if rows is None else self._noted(rows, notes)
-
-    def _noted(self, rows: Ints, notes: Notes) -> Bags:
-        name = self.feature.name
-        notes.mark(name, "missing", rows == MISSING)
-        notes.mark(name, "oov", (rows == OOV) | (rows >= self.vocabulary.shared))
-        return Bags(rows, np.ones(len(rows), np.int64), np.ones(len(rows)))
+        return None if rows is None else [(rows, np.ones(len(rows), np.int64))]
 
 
 class MultiColumn(LabelColumn):
-    """A set of n labels: n rows, each counting 1/sqrt(n), so that a long cast does not outweigh all else.
-
-    A set without labels says nothing and is missing. Rows are sorted: the order of a set must not move a single bit.
-    """
+    """A set of labels, a row each. One without labels says nothing and is missing. Rows are sorted: the order of a set
+    must not move a single bit."""
 
     feature: Multi
 
-    def bag(self, value: Any, i: int, notes: Notes) -> tuple[list[int], float]:
-        name, separator, shared = self.feature.name, self.feature.separator, self.vocabulary.shared
+    def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
+        separator = self.feature.separator
         bag: list[int] = []
         if isinstance(value, list | tuple | set | frozenset):
             bag = self._rows(value, i, notes)
         elif separator is not None and isinstance(value, str):
             bag = self._rows(value.split(separator), i, notes)
         elif value is not None:
-            notes.wrong(i, name, f"a list of labels ({self.feature.dtype})", value)
-        if not bag:
-            notes.statuses[i][name] = "missing"
-            return [MISSING], 1.0
-        if bag[0] == OOV or bag[-1] >= shared:
-            known = any(FIRST <= row < shared for row in bag)
-            notes.statuses[i][name] = "partly_oov" if known else "oov"
-        return bag, 1.0 / math.sqrt(len(bag))
+            notes.wrong(i, self.feature.name, f"a list of labels ({self.feature.dtype})", value)
+        return bag or [MISSING]
 
     def _rows(self, labels: Collection[Any], i: int, notes: Notes) -> list[int]:
         if not self._are_labels(labels):
@@ -192,7 +177,7 @@ class MultiColumn(LabelColumn):
         bag.discard(MISSING)
         return sorted(bag)
 
-    def bags(self, values: Sequence[Any], notes: Notes) -> Bags:
+    def bags(self, values: Sequence[Any], notes: Notes) -> list[Part]:
         if separator := self.feature.separator:
             values = [value.split(separator) if type(value) is str else value for value in values]
         if not set(map(type, values)) <= {list, type(None)}:
@@ -201,59 +186,16 @@ class MultiColumn(LabelColumn):
         labels = list(chain.from_iterable(sets))
         if not self._are_labels(labels):
             return super().bags(values, notes)
-        return self._noted(self.vocabulary.rows_of(labels), np.fromiter(map(len, sets), np.int64), notes)
+        return [(self.vocabulary.rows_of(labels), np.fromiter(map(len, sets), np.int64, len(sets)))]
 
-    def arrow_bags(self, column: pa.ChunkedArray, notes: Notes) -> Bags | None:
+    def arrow_bags(self, column: pa.ChunkedArray) -> list[Part] | None:
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
             return None
         sets = column.combine_chunks()
         rows = self._arrow_rows(sets.flatten())
         if rows is None:
             return None
-        return self._noted(rows, pc.list_value_length(sets).fill_null(0).to_numpy().astype(np.int64), notes)
-
-    def _noted(self, rows: Ints, lengths: Ints, notes: Notes) -> Bags:
-        bags = _sets([(rows, lengths)])
-        strange = (bags.rows == OOV) | (bags.rows >= self.vocabulary.shared)
-        count = np.add.reduceat(strange, np.cumsum(bags.lengths) - bags.lengths, dtype=np.int64)
-        name = self.feature.name
-        notes.mark(name, "missing", _are_missing(bags))
-        notes.mark(name, "oov", count == bags.lengths)
-        notes.mark(name, "partly_oov", (count > 0) & (count < bags.lengths))
-        return bags
-
-
-def _sets(parts: Sequence[tuple[Ints, Ints]]) -> Bags:
-    """(nnz,) rows and (n,) lengths, one or several, of the parts of n sets, in any order and repeated -> each row once,
-    ascending; MISSING where there is none."""
-    n, width = len(parts[0][1]), 0
-    widths = [max(int(lengths.max(initial=0)), 1) for _, lengths in parts]
-    if (sum(widths) - SHORT) * n > EMPTY * sum(len(rows) for rows, _ in parts):
-        return _uneven_sets(parts)
-    table = np.full((n, sum(widths)), NOTHING)
-    for (rows, lengths), widest in zip(parts, widths, strict=True):
-        table[:, width : width + widest][np.arange(widest) < lengths[:, None]] = rows
-        width += widest
-    table[table == MISSING] = NOTHING
-    table.sort(axis=1)
-    table[:, 1:][table[:, 1:] == table[:, :-1]] = NOTHING
-    table[:, 0][table[:, 0] == NOTHING] = MISSING
-    kept = table != NOTHING
-    counts = kept.sum(1)
-    return Bags(table[kept], counts, 1.0 / np.sqrt(counts))
-
-
-def _uneven_sets(parts: Sequence[tuple[Ints, Ints]]) -> Bags:
-    split = [np.split(rows, np.cumsum(lengths)[:-1]) for rows, lengths in parts]
-    sets = [sorted(set(np.concatenate(mine).tolist()) - {MISSING}) or [MISSING] for mine in zip(*split, strict=True)]
-    counts = np.fromiter(map(len, sets), np.int64)
-    return Bags(np.fromiter(chain.from_iterable(sets), np.int64), counts, 1.0 / np.sqrt(counts))
-
-
-def _are_missing(bags: Bags) -> npt.NDArray[np.bool_]:
-    """(n,) Are the bags nothing but the row of missing values?"""
-    first = bags.rows.take(np.cumsum(bags.lengths) - bags.lengths)
-    return np.equal(first, MISSING)
+        return [(rows, pc.list_value_length(sets).fill_null(0).to_numpy().astype(np.int64))]
 
 
 class OrdinalColumn(BagColumn):
@@ -263,7 +205,7 @@ class OrdinalColumn(BagColumn):
         self.feature: Ordinal = feature
         self._ranks = {(type(label), canonical(label)): rank for rank, label in enumerate(feature.order, 1)}
         self._types = tuple({type(label) for label in feature.order})
-        self._weight = 1.0 / math.sqrt(len(feature.order))
+        self.step = 1.0 / math.sqrt(len(feature.order))
 
     @classmethod
     def fit(cls, feature: Ordinal, column: pa.ChunkedArray) -> "OrdinalColumn":
@@ -273,18 +215,15 @@ class OrdinalColumn(BagColumn):
     def rows(self) -> int:
         return FIRST + len(self.feature.order)
 
-    def bag(self, value: Any, i: int, notes: Notes) -> tuple[list[int], float]:
-        name, rank = self.feature.name, 0
+    def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
         label = canonical(value)
-        if label is not None and type(label) in self._types:
-            rank = self._ranks.get((type(label), label), 0)
-        elif label is not None:
-            notes.wrong(i, name, "one of the ordered labels", value)
-            label = None
-        if rank:
-            return [*range(FIRST, FIRST + rank)], self._weight
-        notes.statuses[i][name] = "missing" if label is None else "oov"
-        return [MISSING if label is None else OOV], 1.0
+        if label is None:
+            return [MISSING]
+        if type(label) not in self._types:
+            notes.wrong(i, self.feature.name, "one of the ordered labels", value)
+            return [MISSING]
+        rank = self._ranks.get((type(label), label), 0)
+        return [*range(FIRST, FIRST + rank)] or [OOV]
 
 
 class TextColumn(BagColumn):
@@ -302,7 +241,7 @@ class TextColumn(BagColumn):
     def rows(self) -> int:
         return FIRST + self.feature.buckets
 
-    def bag(self, value: Any, i: int, notes: Notes) -> tuple[list[int], float]:
+    def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
         setting, words = self.feature, list[str]()
         if isinstance(value, str):
             words = self._split(value)
@@ -312,12 +251,9 @@ class TextColumn(BagColumn):
         bag = set(memoryview(packed).cast("q"))
         for n in range(2, setting.words + 1):
             bag.update(FIRST + hashed(" ".join(words[j : j + n]), setting.buckets) for j in range(len(words) - n + 1))
-        if not bag:
-            notes.statuses[i][setting.name] = "missing"
-            return [MISSING], 1.0
-        return sorted(bag), 1.0 / math.sqrt(len(bag))
+        return sorted(bag) or [MISSING]
 
-    def bags(self, values: Sequence[Any], notes: Notes) -> Bags:
+    def bags(self, values: Sequence[Any], notes: Notes) -> list[Part]:
         if not set(map(type, values)) <= {str, type(None)}:
             return super().bags(values, notes)
         setting = self.feature
@@ -331,9 +267,7 @@ class TextColumn(BagColumn):
         for n in range(2, setting.words + 1):
             grams = compress(map(" ".join, zip(*(words[j:] for j in range(n)))), (left >= n).tolist())  # noqa: B905
             parts.append((FIRST + all_hashed(grams, setting.buckets), np.maximum(counts - n + 1, 0)))
-        bags = _sets(parts)
-        notes.mark(setting.name, "missing", _are_missing(bags))
-        return bags
+        return parts
 
     def _split(self, text: str) -> list[str]:
         return (canonical(text[: self.feature.max_characters]) or "").casefold().split()

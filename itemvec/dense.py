@@ -59,8 +59,8 @@ class DenseColumn(ABC):
         """(n,) the values within [low, high], NaN where missing; what was done to each is noted."""
         name = self.feature.name
         if len(values) > 1 and (given := _plain(values)) is not None:
-            notes.mark(name, "missing", np.isnan(given))
-            notes.mark(name, "clipped", (given < low) | (given > high))
+            notes.mark_all(name, "missing", np.isnan(given))
+            notes.mark_all(name, "clipped", (given < low) | (given > high))
             return np.minimum(np.maximum(given, low), high)
         numbers = np.empty(len(values))
         for i, value in enumerate(values):
@@ -72,10 +72,10 @@ class DenseColumn(ABC):
                     notes.wrong(i, name, expected, value)
             if number is None or number != number:
                 number = np.nan
-                notes.statuses[i][name] = "missing"
+                notes.mark(name, "missing", i)
             elif not low <= number <= high:
                 number = low if number < low else high
-                notes.statuses[i][name] = "clipped"
+                notes.mark(name, "clipped", i)
             numbers[i] = number
         return numbers
 

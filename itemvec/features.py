@@ -26,12 +26,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from itemvec.bags import BagColumn, Bags, LabelColumn, MultiColumn, NominalColumn, OrdinalColumn, TextColumn
+from itemvec.bagging import Bagging
+from itemvec.bags import BagColumn, LabelColumn, MultiColumn, NominalColumn, OrdinalColumn, TextColumn
 from itemvec.check import require_columns, require_fit, undictionaried
 from itemvec.dense import DenseColumn, NumericColumn, TimestampColumn, moments
 from itemvec.errors import FieldError, InvalidItem, SchemaMismatch, VersionCorrupt
 from itemvec.lists import SeriesColumn, VectorColumn, number_lists
-from itemvec.notes import Notes, Status
+from itemvec.notes import Notes, Status, Statuses
 from itemvec.schema import (
     AnyFeature,
     Feature,
@@ -46,7 +47,7 @@ from itemvec.schema import (
     Vector,
 )  # fmt: skip
 from itemvec.sentences import SentenceColumn
-from itemvec.vocabulary import FIRST, MISSING, OOV, Ints, Vocabulary
+from itemvec.vocabulary import FIRST, MISSING, OOV, Vocabulary
 
 __all__ = [
     "FIRST", "MISSING", "OOV", "BagSlot", "Batch", "DenseSlot", "Encoded", "FeatureTransform", "Layout", "Status",
@@ -86,7 +87,7 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class Encoded:
     batch: Batch
-    statuses: list[dict[str, Status]]
+    statuses: Statuses
     """Per item, only the columns that were not plain."""
 
 
@@ -136,7 +137,6 @@ class Layout:
 
 
 Floats = npt.NDArray[np.float32]
-Lengths = npt.NDArray[np.int32]
 
 Column = BagColumn | DenseColumn
 _COLUMNS: dict[str, Any] = {
@@ -158,7 +158,7 @@ def _column_of(feature: AnyFeature) -> Any:
     return _COLUMNS[feature.kind]
 
 
-FEW = 24
+FEW = 12
 """So many items are encoded column by column; fewer, item by item: a call into numpy costs more than its work then."""
 
 CHUNK = 16_384
@@ -176,8 +176,11 @@ class FeatureTransform:
         self._bags = [(c.feature.name, c) for c in columns if isinstance(c, BagColumn)]
         self._dense = [(c.feature.name, c) for c in columns if isinstance(c, DenseColumn)]
         self.layout = self._lay_out()
-        self._known = {schema.id, *(f.name for f in schema.features)}
-        self._bases = np.array([slot.base for slot in self.layout.bags], np.int64)
+        self._names = [c.feature.name for c in columns]
+        self._known = {schema.id, *self._names}
+        self._bagging = Bagging(
+            [(slot.base, column) for slot, (_, column) in zip(self.layout.bags, self._bags, strict=True)]
+        )
 
     def _lay_out(self) -> Layout:
         bags, dense, base, start = [], [], 0, 0
@@ -215,40 +218,40 @@ class FeatureTransform:
 
         A column that an item lacks is missing; one that the schema does not name is reported as ignored.
         """
-        notes = Notes(len(items), pointer)
         n = len(items)
+        notes = Notes(n, self._names, pointer)
         if n < FEW:
-            bags = self._item_by_item(items, notes)
+            bags = self._bagging.one_by_one([[item.get(name) for name, _ in self._bags] for item in items], notes)
         else:
-            bags = self._interleave(
-                [column.bags([item.get(name) for item in items], notes) for name, column in self._bags], n
-            )
+            columns = [column.bags([item.get(name) for item in items], notes) for name, column in self._bags]
+            bags = self._bagging.together(columns, n, notes)
         dense = [column.encode([item.get(name) for item in items], notes) for name, column in self._dense]
         if notes.errors:
             raise InvalidItem(notes.errors)
-        for item, status in zip(items, notes.statuses, strict=True):
+        for i, item in enumerate(items):
             if not item.keys() <= self._known:
-                status.update(dict.fromkeys(item.keys() - self._known, "ignored"))
+                for name in item.keys() - self._known:
+                    notes.mark(name, "ignored", i)
         return Encoded(Batch(_side_by_side(dense, n), *bags), notes.statuses)
 
     def transform_arrow(self, table: pa.Table, pointer: str = "") -> Encoded:
         """As `transform`, of items that come as a table."""
         n, present = len(table), set(table.column_names)
-        notes = Notes(n, pointer)
-        bags: list[Bags] = []
+        notes = Notes(n, self._names, pointer)
+        columns = []
         for name, bag in self._bags:
             arrow = table.column(name) if name in present else pa.chunked_array([pa.nulls(n)])
-            bags.append(bag.arrow_bags(arrow, notes) or bag.bags(_values(arrow, bag.feature), notes))
+            columns.append(bag.arrow_bags(arrow) or bag.bags(_values(arrow, bag.feature), notes))
         dense = [
             column.encode(_values(table.column(name), column.feature) if name in present else [None] * n, notes)
             for name, column in self._dense
         ]
         if notes.errors:
             raise InvalidItem(notes.errors)
-        if ignored := present - self._known:
-            for status in notes.statuses:
-                status.update(dict.fromkeys(ignored, "ignored"))
-        return Encoded(Batch(_side_by_side(dense, n), *self._interleave(bags, n)), notes.statuses)
+        for name in present - self._known:
+            for i in range(n):
+                notes.mark(name, "ignored", i)
+        return Encoded(Batch(_side_by_side(dense, n), *self._bagging.together(columns, n, notes)), notes.statuses)
 
     def transform_table(self, table: pa.Table, first: int = 0) -> Batch:
         """The same numbers for a whole table, chunk by chunk. Raises SchemaMismatch (absent column, wrong type), which
@@ -264,31 +267,6 @@ class FeatureTransform:
                     "the table", [_of_row(error, first + start) for error in invalid.errors[:5]]
                 ) from None
         return Batch.concatenate(batches)
-
-    def _item_by_item(self, items: Sequence[Mapping[str, Any]], notes: Notes) -> tuple[Ints, Floats, Lengths]:
-        """Indices, weights and lengths of a few items."""
-        bags = [column.bag(item.get(name), i, notes) for i, item in enumerate(items) for name, column in self._bags]
-        lengths = np.array([len(rows) for rows, _ in bags], np.int32)
-        indices = np.array([row for rows, _ in bags for row in rows], np.int64)
-        indices += np.repeat(np.tile(self._bases, len(items)), lengths)
-        weights = np.array([weight for _, weight in bags], np.float32)
-        return indices, np.repeat(weights, lengths), lengths.reshape(len(items), len(self._bags))
-
-    def _interleave(self, bags: Sequence[Bags], n: int) -> tuple[Ints, Floats, Lengths]:
-        """The same of many items: from column by column to item by item."""
-        if not bags:
-            return np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((n, 0), np.int32)
-        by_column = np.concatenate([b.rows + base for b, base in zip(bags, self._bases, strict=True)])
-        lengths = np.array([b.lengths for b in bags])  # (F, n)
-        weights = np.array([b.weights for b in bags], np.float32).T.ravel()
-        starts = (
-            (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape).T.ravel()
-        )  # of each bag, where it lies now
-        lengths = lengths.T
-        flat = lengths.ravel()
-        ends = np.cumsum(flat)
-        order = np.repeat(starts - (ends - flat), flat) + np.arange(len(by_column))
-        return by_column[order], np.repeat(weights, flat), lengths.astype(np.int32)
 
     # what is saved: transform.json for numbers, labels.parquet for vocabularies (any tool can read both)
 

@@ -21,11 +21,13 @@ from itemvec.features import Batch
 Floats = npt.NDArray[np.float32]
 
 FEW = 64
-"""Bags that numpy adds up faster than torch, whose call takes longer to begin."""
+"""Bags, or items, that a few calls into numpy are through with before a call into torch has begun."""
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """torch's own begins ten times as slowly."""
+    """torch's own begins ten times as slowly, and then is three times as fast."""
+    if len(x) > FEW:
+        return functional.gelu(x)
     above: Tensor = torch.special.erf(x * 2**-0.5).add_(1.0)
     return above.mul_(x).mul_(0.5)
 

@@ -73,13 +73,13 @@ class ListColumn(DenseColumn):
 
     def _in_range(self, numbers: Floats, i: int, notes: Notes) -> Floats:
         if (numbers < self.low).any() or (numbers > self.high).any():
-            notes.statuses[i][self.feature.name] = "clipped"
+            notes.mark(self.feature.name, "clipped", i)
             return numbers.clip(self.low, self.high)
         return numbers
 
     def _missing(self, out: npt.NDArray[np.float32], i: int, notes: Notes) -> None:
         out[i, -1] = 1.0
-        notes.statuses[i][self.feature.name] = "missing"
+        notes.mark(self.feature.name, "missing", i)
 
 
 def _is_list(value: Any) -> bool:

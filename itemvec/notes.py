@@ -1,6 +1,10 @@
 """Notes: what was not plain about the columns of each item, and which values had the wrong type."""
 
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -10,20 +14,131 @@ from itemvec.errors import FieldError
 
 Status = Literal["oov", "partly_oov", "missing", "clipped", "ignored"]
 
+WORDS: tuple[Status, ...] = get_args(Status)
+CODES: dict[Status, int] = {status: code for code, status in enumerate(WORDS, 1)}
+"""A status among many; 0 is a plain value."""
+
+
+Codes = npt.NDArray[np.int8]
+Mark = tuple[int, str, Status]
+"""An item's place, a column of it that was not plain, and what it was."""
+
+
+class Marks(NamedTuple):
+    """The same of all, item by item, as three parallel lists."""
+
+    items: list[int]
+    columns: list[str]
+    statuses: list[Status]
+
+
+class Statuses(Sequence[dict[str, Status]]):
+    """Per item, only the columns that were not plain. Looks like a list of dicts, and makes them when one is asked for:
+    what counts or sends those of a thousand items does without (`marks`, `tally`)."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, n: int, single: Sequence[Mark], names: Sequence[str], codes: Codes | None) -> None:
+        """Of n items: single ones, and (n, len(names)) codes of many."""
+        self._n, self._single, self._names, self._codes = n, single, names, codes
+        self._marks: Marks | None = None
+        self._items: list[dict[str, Status]] | None = None
+
+    @property
+    def marks(self) -> Marks:
+        if self._marks is None:
+            found = Marks([], [], [])
+            if self._codes is not None:
+                items, columns = np.nonzero(self._codes)
+                words = [WORDS[code - 1] for code in self._codes[items, columns].tolist()]
+                found = Marks(items.tolist(), [self._names[c] for c in columns.tolist()], words)
+            if self._single:
+                ordered = sorted([*zip(*found, strict=True), *self._single], key=itemgetter(0))
+                found = Marks(*map(list, zip(*ordered, strict=True)))
+            self._marks = found
+        return self._marks
+
+    def tally(self) -> Mapping[tuple[str, Status], int]:
+        """How often each column had each status."""
+        found = Counter((name, status) for _, name, status in self._single)
+        if self._codes is not None:
+            cells = self._codes + np.arange(len(self._names)) * (len(WORDS) + 1)
+            for cell, times in zip(*np.unique(cells[self._codes > 0], return_counts=True), strict=True):
+                column, code = divmod(int(cell), len(WORDS) + 1)
+                found[self._names[column], WORDS[code - 1]] += int(times)
+        return found
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, at: int) -> dict[str, Status]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[dict[str, Status]]: ...
+    def __getitem__(self, at: int | slice) -> dict[str, Status] | list[dict[str, Status]]:
+        if self._items is None:
+            self._items = [{} for _ in range(self._n)]
+            for i, column, status in self._single if self._codes is None else zip(*self.marks, strict=True):
+                self._items[i][column] = status
+        return self._items[at]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
+
+    def __repr__(self) -> str:
+        return repr(self[:])
+
+
+def marks(statuses: Sequence[Mapping[str, Status]]) -> Marks:
+    """Of `Statuses`, or of a list of dicts."""
+    if isinstance(statuses, Statuses):
+        return statuses.marks
+    found = [(i, *mark) for i, status in enumerate(statuses) for mark in status.items()]
+    return Marks(*map(list, zip(*found, strict=True))) if found else Marks([], [], [])
+
+
+def tally(statuses: Sequence[Mapping[str, Status]]) -> Mapping[tuple[str, Status], int]:
+    """How often each column had each status."""
+    if isinstance(statuses, Statuses):
+        return statuses.tally()
+    return Counter(chain.from_iterable(status.items() for status in statuses))
+
+
+FEW = 64
+"""Of so many items each is noted by itself: a matrix of codes costs more to begin."""
+
 
 class Notes:
     """Collects, over one call, what the columns of each item were, and what was wrong with them."""
 
-    def __init__(self, n: int, pointer: str) -> None:
-        self.statuses: list[dict[str, Status]] = [{} for _ in range(n)]
-        """Per item, only the columns that were not plain."""
+    def __init__(self, n: int, names: Sequence[str], pointer: str) -> None:
         self.errors: list[FieldError] = []
-        self._pointer = pointer
+        self._n, self._names, self._pointer = n, names, pointer
+        self._single: list[Mark] = []
+        self._codes: Codes | None = None
 
-    def mark(self, column: str, status: Status, items: npt.NDArray[np.bool_]) -> None:
+    @property
+    def statuses(self) -> Statuses:
+        return Statuses(self._n, self._single, self._names, self._codes)
+
+    def mark(self, column: str, status: Status, item: int) -> None:
+        self._single.append((item, column, status))
+
+    def mark_all(self, column: str, status: Status, items: npt.NDArray[np.bool_]) -> None:
         """The column's status for those of the (n,) items that are True."""
-        for i in np.flatnonzero(items).tolist():
-            self.statuses[i][column] = status
+        if self._n <= FEW:
+            self._single += [(i, column, status) for i in np.flatnonzero(items).tolist()]
+        elif items.any():
+            self._all_codes()[items, self._names.index(column)] = CODES[status]
+
+    def put(self, columns: Sequence[str], codes: Codes) -> None:
+        """(n, len(columns)) codes."""
+        self._all_codes()[:, [self._names.index(column) for column in columns]] = codes
+
+    def _all_codes(self) -> Codes:
+        if self._codes is None:
+            self._codes = np.zeros((self._n, len(self._names)), np.int8)
+        return self._codes
 
     def wrong(self, row: int, column: str, expected: str, value: Any, at: int | None = None) -> None:
         """`at` is the place in a list."""

@@ -70,7 +70,7 @@ class SentenceColumn(DenseColumn):
             if value is not None and not isinstance(value, str):
                 notes.wrong(i, name, "text", value)
             elif value is None or (text := _read(value, self.feature)) is None:
-                notes.statuses[i][name] = "missing"
+                notes.mark(name, "missing", i)
             else:
                 texts[i] = text
         if texts:

@@ -95,7 +95,7 @@ class Encoding:
     vectors: npt.NDArray[np.float32]
     """(n, dim), each of length 1."""
 
-    statuses: list[dict[str, Status]]
+    statuses: Sequence[dict[str, Status]]
     """Per item, only the columns that were not plain."""
 
 

@@ -31,7 +31,7 @@ class Fitting:
     vectors: npt.NDArray[np.float32]
     """(len(rows), dim)"""
 
-    statuses: list[dict[str, Status]]
+    statuses: Sequence[dict[str, Status]]
     """Parallel to `rows`."""
 
     errors: dict[int, list[FieldError]]

@@ -7,11 +7,9 @@ Prometheus like counters that were reset.
 """
 
 import re
-from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +18,7 @@ from prometheus_client.core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from itemvec.errors import ConfigError, StoreUnavailable
+from itemvec.notes import Status, tally
 from itemvec.processes import is_alive
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -166,9 +165,9 @@ class Metrics:
         counter.inc(items)
         histogram.observe(seconds)
 
-    def columns(self, model: str, statuses: Sequence[Mapping[str, str]]) -> None:
+    def columns(self, model: str, statuses: Sequence[Mapping[str, Status]]) -> None:
         """One mapping an item, of the columns that were not plain."""
-        for (column, status), times in Tally(chain.from_iterable(item.items() for item in statuses)).items():
+        for (column, status), times in tally(statuses).items():
             if status == "ignored":  # its name is the caller's, so there is no end of them
                 column = ""  # noqa: PLW2901
             if (counter := self._of_column.get((model, column, status))) is None:

@@ -1,0 +1,44 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from itemvec.notes import FEW, Notes, marks, tally
+
+
+def notes(n: int) -> Notes:
+    """Of n items with two columns: the first has a missing year and a column that nobody knows."""
+    notes = Notes(n, ["color", "year"], "/input")
+    notes.mark("year", "missing", 0)
+    notes.mark_all("color", "oov", np.arange(n) == 2)
+    notes.mark_all("year", "clipped", np.arange(n) == 2)
+    notes.mark("runtime", "ignored", 0)
+    notes.mark("runtime", "ignored", 1)
+    return notes
+
+
+DICTS = [{"year": "missing", "runtime": "ignored"}, {"runtime": "ignored"}, {"color": "oov", "year": "clipped"}]
+few_or_many = pytest.mark.parametrize("more", [0, FEW])
+
+
+@few_or_many
+def test_what_is_noted_reads_as_a_dict_an_item(more):
+    statuses, dicts = notes(3 + more).statuses, DICTS + [{}] * more
+    assert statuses == dicts and [*statuses] == dicts and len(statuses) == 3 + more
+    assert statuses[2] == DICTS[2] and statuses[:2] == DICTS[:2] and repr(statuses[:3]) == repr(DICTS)
+    assert statuses != dicts[1:]
+
+
+@few_or_many
+def test_marks_are_the_same_item_by_item_without_the_dicts(more):
+    items, columns, words = marks(notes(3 + more).statuses)
+    assert items == [0, 0, 1, 2, 2]
+    assert [*zip(columns, words, strict=True)] == [mark for item in DICTS for mark in item.items()]
+    assert marks(DICTS) == (items, columns, words)
+    assert marks([{}] * more) == marks(Notes(more, ["color"], "").statuses) == ([], [], [])
+
+
+@few_or_many
+def test_a_tally_counts_each_status_of_each_column(more):
+    counted = Counter({("year", "missing"): 1, ("color", "oov"): 1, ("year", "clipped"): 1, ("runtime", "ignored"): 2})
+    assert tally(notes(3 + more).statuses) == tally(DICTS) == counted
