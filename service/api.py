@@ -4,16 +4,18 @@ import asyncio
 from binascii import b2a_base64
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pyarrow as pa
 
 from itemvec.errors import FieldError, InvalidItem, ItemNotFound, ItemvecError, StoreUnavailable
+from itemvec.notes import Status
 from itemvec.runs import Run
-from itemvec.version import ModelVersion
+from itemvec.version import Encoding, ModelVersion
 from service import arrow, openapi, requests, schemas
 from service.config import ServiceConfig
 from service.decode import decode
@@ -212,26 +214,35 @@ class Api:
         """Encodes items with a model's champion or with the version that is named. Nothing is stored."""
         body = await request.body(JSON, arrow.STREAM)
         ref, size = requests.read_embeddings_query(request.query)
-        ids, base64 = None, False
         if request.media_type == arrow.STREAM:
-            table = await self._models.aside(len(body), arrow.read_table, body, self._limits, "/input")
             version = await self._models.get(ref)
-            ids, table = arrow.without_ids(table, version.schema)
-            encoding = await self._measured.encode_table(request, version, table, "/input")
-        else:
-            wanted = await self._models.aside(len(body), requests.read_embeddings, body, self._limits)
-            size, base64 = wanted.dimensions or size, wanted.base64
-            version = await self._models.get(wanted.model or ref)
-            encoding = await self._measured.encode(request, version, wanted.items, "/input")
+            read = partial(arrow.read_items, body, version.schema, self._limits, "/input")
+            write = partial(self._embeddings, request.wants(arrow.STREAM), version, size, False)
+            return await self._measured.encode_stream(request, version, read, write, "/input")
+        wanted = await self._models.aside(len(body), requests.read_embeddings, body, self._limits)
+        version = await self._models.get(wanted.model or ref)
+        encoding = await self._measured.encode(request, version, wanted.items, "/input")
+        given = request.wants(arrow.STREAM), version, wanted.dimensions or size, wanted.base64, None, encoding
+        return await self._models.aside(encoding.vectors.nbytes, self._embeddings, *given)
+
+    def _embeddings(
+        self,
+        in_arrow: bool,
+        version: ModelVersion,
+        size: int | None,
+        base64: bool,
+        ids: pa.ChunkedArray | None,
+        encoding: Encoding,
+    ) -> Answer:
+        """`ids` are those of an Arrow stream; `size` the numbers of a vector that are wanted."""
         vectors = encoding.vectors if size is None else _shortened(encoding.vectors, size, version)
         said: dict[str, Any] = {"model": version.ref, "fingerprint": version.fingerprint}
         if not self._store.available:
             said["degraded"] = True
-        if request.wants(arrow.STREAM):
+        if in_arrow:
             metadata = {name: str(value).lower() if value is True else value for name, value in said.items()}
-            given = arrow.embeddings, ids, vectors, encoding.statuses, metadata
-            return Answer(await self._models.aside(vectors.nbytes, *given), content_type=arrow.STREAM)
-        return await self._models.aside(vectors.nbytes, _embeddings, vectors, encoding.statuses, base64, said)
+            return Answer(arrow.embeddings(ids, vectors, encoding.statuses, metadata), content_type=arrow.STREAM)
+        return _embeddings(vectors, encoding.statuses, base64, said)
 
     async def similar(self, request: Request) -> Answer:
         """The stored items nearest to what each query looks for, by cosine.
@@ -409,7 +420,7 @@ class Api:
 
 
 def _embeddings(
-    vectors: Vectors, statuses: Sequence[Mapping[str, str]], base64: bool, said: Mapping[str, Any]
+    vectors: Vectors, statuses: Sequence[Mapping[str, Status]], base64: bool, said: Mapping[str, Any]
 ) -> Answer:
     rows: Sequence[Vectors] | Sequence[str] = list(vectors)
     if base64:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from itemvec.errors import FieldError
+from itemvec.notes import Status, marks
 from itemvec.schema import FeatureSchema
 from service.problems import InvalidRequest, MalformedRequest, escaped
 from service.requests import MAX_COLUMNS, Limits
@@ -97,10 +98,17 @@ def without_ids(table: pa.Table, schema: FeatureSchema) -> tuple[pa.ChunkedArray
     return None, table
 
 
+def read_items(
+    body: bytes, schema: FeatureSchema, limits: Limits, pointer: str
+) -> tuple[pa.ChunkedArray | None, pa.Table]:
+    """The ids, where there are any, and the columns. Raises what `read_table` raises."""
+    return without_ids(read_table(body, limits, pointer), schema)
+
+
 def embeddings(
     ids: pa.ChunkedArray | None,
     vectors: npt.NDArray[np.float32],
-    statuses: Sequence[Mapping[str, str]],
+    statuses: Sequence[Mapping[str, Status]],
     metadata: Mapping[str, str],
 ) -> bytes:
     """A stream of one row an item: id (if there was one), embedding (a list of dim float32), columns (a map)."""
@@ -126,12 +134,11 @@ def outcomes(entries: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) 
     return _stream(table, metadata)
 
 
-def _map(statuses: Sequence[Mapping[str, str]]) -> pa.MapArray:
+def _map(statuses: Sequence[Mapping[str, Status]]) -> pa.MapArray:
+    items, columns, words = marks(statuses)
     offsets = np.zeros(len(statuses) + 1, np.int32)
-    np.cumsum([len(status) for status in statuses], out=offsets[1:])
-    keys = pa.array([name for status in statuses for name in status], pa.string())
-    values = pa.array([word for status in statuses for word in status.values()], pa.string())
-    return pa.MapArray.from_arrays(pa.array(offsets), keys, values)
+    np.cumsum(np.bincount(np.array(items, np.int64), minlength=len(statuses)), out=offsets[1:])
+    return pa.MapArray.from_arrays(pa.array(offsets), pa.array(columns, pa.string()), pa.array(words, pa.string()))
 
 
 def _stream(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
