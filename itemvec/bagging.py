@@ -16,12 +16,6 @@ from itemvec.bags import BagColumn, Part
 from itemvec.notes import CODES, Notes
 from itemvec.vocabulary import FIRST, MISSING, OOV, Ints
 
-NOTHING = np.iinfo(np.int32).max
-"""In an empty place: behind every row."""
-
-LINES = 2048
-"""A larger matrix does not fit into a processor's cache."""
-
 EMPTY, SHORT = 4, 64
 """Empty places that the matrix may have for each row in it, beyond SHORT places a line. Where one bag is far longer
 than the others, the items are halved until it stands in a small one."""
@@ -90,7 +84,7 @@ class Bagging:
         begins = np.cumsum([0, *np.maximum(lengths.max(1, initial=0), 1)])
         edges = begins[np.cumsum([0, *map(len, columns)])].tolist()
         starts, width = edges[:-1], edges[-1]
-        if n > 1 and (n > LINES or (width - SHORT) * n > EMPTY * len(rows)):
+        if n > 1 and (width - SHORT) * n > EMPTY * len(rows):
             halves = [self._in_order(half, size) for half, size in _halves(columns, n)]
             return np.concatenate([rows for rows, _ in halves]), np.concatenate([lengths for _, lengths in halves])
         sizes = [sum(len(rows) for rows, _ in column) for column in columns]

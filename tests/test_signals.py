@@ -11,6 +11,7 @@ from itemvec.signals import handlers_kept, stop_signals
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_block_once_and_not_its_cleaning_up(number):
+    given = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have said nohup
     before = signal.getsignal(number)
     cleaned = False
 
@@ -24,10 +25,13 @@ def test_a_signal_ends_the_block_once_and_not_its_cleaning_up(number):
             time.sleep(0.01)
             cleaned = True
 
-    with pytest.raises(KeyboardInterrupt), stop_signals():
-        work()
-    assert cleaned
-    assert signal.getsignal(number) == before
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_signals():
+            work()
+        assert cleaned
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(signal.SIGHUP, given)
 
 
 def test_nohup_is_meant():
