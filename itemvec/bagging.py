@@ -1,7 +1,7 @@
 """Bagging: the bags of all columns together, item by item, as rows of the shared table.
 
 A call into numpy costs more than its work on a few items. So a few are bagged one by one, in plain Python; many as one
-matrix: a line for each item, and in it a stretch for each column, as wide as the column's longest bag. What is said of
+matrix: a line for each item, and in it a stretch for each column that has room for its longest bag. What is said of
 all bags (each row once, ascending; what they count; whether they are known) is then a call, and not one a column.
 """
 
@@ -17,8 +17,8 @@ from itemvec.notes import CODES, Notes
 from itemvec.vocabulary import FIRST, MISSING, OOV, Ints
 
 EMPTY, SHORT = 4, 64
-"""Empty places that the matrix may have for each row in it, beyond SHORT places a line. Where one bag is far longer
-than the others, the items are halved until it stands in a small one."""
+"""Empty places that the matrix may have for each row in it, beyond SHORT places a line. Where some bags are far longer
+than the others there is none, and all rows are sorted as one list, which takes longer for each."""
 
 Bags = tuple[Ints, npt.NDArray[np.float32], npt.NDArray[np.int32]]
 """Of n items and F columns: (nnz,) rows of the table, item by item, and within an item bag by bag, ascending; (nnz,)
@@ -81,12 +81,12 @@ class Bagging:
         parts = [part for column in columns for part in column]
         rows = np.concatenate([rows for rows, _ in parts])
         lengths = np.array([lengths for _, lengths in parts])
-        begins = np.cumsum([0, *np.maximum(lengths.max(1, initial=0), 1)])
+        widths = np.maximum(lengths.max(1, initial=0), 1)
+        if (int(widths.sum()) - len(parts) - SHORT) * n > EMPTY * len(rows):
+            return self._in_order_by_sorting(columns, rows, lengths)
+        begins = np.cumsum([0, *widths])
         edges = begins[np.cumsum([0, *map(len, columns)])].tolist()
         starts, width = edges[:-1], edges[-1]
-        if n > 1 and (width - SHORT) * n > EMPTY * len(rows):
-            halves = [self._in_order(half, size) for half, size in _halves(columns, n)]
-            return np.concatenate([rows for rows, _ in halves]), np.concatenate([lengths for _, lengths in halves])
         sizes = [sum(len(rows) for rows, _ in column) for column in columns]
         rows = np.where(rows == MISSING, np.repeat(self._ends, sizes), rows + np.repeat(self._bases, sizes))
         empty = np.repeat(self._ends, np.diff(edges))
@@ -102,6 +102,22 @@ class Bagging:
         kept[:, 1:] &= matrix[:, 1:] != matrix[:, :-1]
         kept[:, starts] = True  # also after an empty place, which looks like the next column's first row
         return matrix[kept].astype(np.int64), np.add.reduceat(kept, starts, axis=1, dtype=np.int32)
+
+    def _in_order_by_sorting(
+        self, columns: Sequence[Sequence[Part]], rows: Ints, lengths: Ints
+    ) -> tuple[Ints, npt.NDArray[np.int32]]:
+        """The same without a matrix, of the rows and lengths of all parts: a bag and a row are one number."""
+        n, width = lengths.shape[1], len(columns)
+        column = np.repeat(np.arange(width), [len(parts) for parts in columns])
+        bags = np.repeat((column[:, None] + np.arange(0, n * width, width)).ravel(), lengths.ravel())[rows != MISSING]
+        found = rows[rows != MISSING] + self._bases[bags % width]
+        empty = np.flatnonzero(np.bincount(bags, minlength=n * width) == 0)
+        missing = self._bases[empty % width] + MISSING
+        pairs = np.concatenate([bags << 32 | found, empty << 32 | missing])
+        pairs.sort()
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+        counts = np.bincount(pairs >> 32, minlength=n * width).astype(np.int32)
+        return pairs & 0xFFFFFFFF, counts.reshape(n, width)
 
 
 def _each(places: Ints, lengths: Ints) -> Ints:
@@ -119,14 +135,3 @@ def _stretches(edges: Sequence[int]) -> list[tuple[int, int]]:
         else:
             stretches.append((start, end))
     return stretches
-
-
-def _halves(columns: Sequence[Sequence[Part]], n: int) -> list[tuple[list[list[Part]], int]]:
-    half = n // 2
-    first: list[list[Part]] = []
-    second: list[list[Part]] = []
-    for parts in columns:
-        cuts = [int(lengths[:half].sum()) for _, lengths in parts]
-        first.append([(rows[:cut], lengths[:half]) for cut, (rows, lengths) in zip(cuts, parts, strict=True)])
-        second.append([(rows[cut:], lengths[half:]) for cut, (rows, lengths) in zip(cuts, parts, strict=True)])
-    return [(first, half), (second, n - half)]

@@ -32,7 +32,7 @@ from itemvec.check import require_columns, require_fit, undictionaried
 from itemvec.dense import DenseColumn, NumericColumn, TimestampColumn, moments
 from itemvec.errors import FieldError, InvalidItem, SchemaMismatch, VersionCorrupt
 from itemvec.lists import SeriesColumn, VectorColumn, number_lists
-from itemvec.notes import Notes, Status, Statuses
+from itemvec.notes import CODES, Notes, Status, Statuses
 from itemvec.schema import (
     AnyFeature,
     Feature,
@@ -237,7 +237,9 @@ class FeatureTransform:
     def transform_arrow(self, table: pa.Table, pointer: str = "") -> Encoded:
         """As `transform`, of items that come as a table."""
         n, present = len(table), set(table.column_names)
-        notes = Notes(n, self._names, pointer)
+        ignored = [name for name in table.column_names if name not in self._known]
+        notes = Notes(n, [*self._names, *ignored], pointer)
+        notes.put(ignored, np.full((n, len(ignored)), CODES["ignored"], np.int8))
         columns = []
         for name, bag in self._bags:
             arrow = table.column(name) if name in present else pa.chunked_array([pa.nulls(n)])
@@ -248,9 +250,6 @@ class FeatureTransform:
         ]
         if notes.errors:
             raise InvalidItem(notes.errors)
-        for name in present - self._known:
-            for i in range(n):
-                notes.mark(name, "ignored", i)
         return Encoded(Batch(_side_by_side(dense, n), *self._bagging.together(columns, n, notes)), notes.statuses)
 
     def transform_table(self, table: pa.Table, first: int = 0) -> Batch:

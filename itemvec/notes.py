@@ -33,8 +33,8 @@ class Marks(NamedTuple):
 
 
 class Statuses(Sequence[dict[str, Status]]):
-    """Per item, only the columns that were not plain. Looks like a list of dicts, and makes them when one is asked for:
-    what counts or sends those of a thousand items does without (`marks`, `tally`)."""
+    """Per item, only the columns that were not plain. Looks like a list of dicts, to be read only, and makes them when
+    one is asked for: what counts or sends those of a thousand items does without (`marks`, `tally`)."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -77,9 +77,10 @@ class Statuses(Sequence[dict[str, Status]]):
     def __getitem__(self, at: slice) -> list[dict[str, Status]]: ...
     def __getitem__(self, at: int | slice) -> dict[str, Status] | list[dict[str, Status]]:
         if self._items is None:
-            self._items = [{} for _ in range(self._n)]
+            items: list[dict[str, Status]] = [{} for _ in range(self._n)]
             for i, column, status in self._single if self._codes is None else zip(*self.marks, strict=True):
-                self._items[i][column] = status
+                items[i][column] = status
+            self._items = items
         return self._items[at]
 
     def __eq__(self, other: object) -> bool:

@@ -216,18 +216,20 @@ class Api:
         ref, size = requests.read_embeddings_query(request.query)
         if request.media_type == arrow.STREAM:
             version = await self._models.get(ref)
+            _check_size(size, version)
             read = partial(arrow.read_items, body, version.schema, self._limits, "/input")
-            write = partial(self._embeddings, request.wants(arrow.STREAM), version, size, False)
-            return await self._measured.encode_stream(request, version, read, write, "/input")
+            write = partial(self._encoded, request, version, size, False)
+            return await self._measured.encode_stream(request, version, len(body), read, write, "/input")
         wanted = await self._models.aside(len(body), requests.read_embeddings, body, self._limits)
-        version = await self._models.get(wanted.model or ref)
+        version, size = await self._models.get(wanted.model or ref), wanted.dimensions or size
+        _check_size(size, version)
         encoding = await self._measured.encode(request, version, wanted.items, "/input")
-        given = request.wants(arrow.STREAM), version, wanted.dimensions or size, wanted.base64, None, encoding
-        return await self._models.aside(encoding.vectors.nbytes, self._embeddings, *given)
+        given = request, version, size, wanted.base64, None, encoding
+        return await self._models.aside(encoding.vectors.nbytes, self._encoded, *given)
 
-    def _embeddings(
+    def _encoded(
         self,
-        in_arrow: bool,
+        request: Request,
         version: ModelVersion,
         size: int | None,
         base64: bool,
@@ -235,11 +237,11 @@ class Api:
         encoding: Encoding,
     ) -> Answer:
         """`ids` are those of an Arrow stream; `size` the numbers of a vector that are wanted."""
-        vectors = encoding.vectors if size is None else _shortened(encoding.vectors, size, version)
+        vectors = encoding.vectors if size is None else _shortened(encoding.vectors, size)
         said: dict[str, Any] = {"model": version.ref, "fingerprint": version.fingerprint}
         if not self._store.available:
             said["degraded"] = True
-        if in_arrow:
+        if request.wants(arrow.STREAM):
             metadata = {name: str(value).lower() if value is True else value for name, value in said.items()}
             return Answer(arrow.embeddings(ids, vectors, encoding.statuses, metadata), content_type=arrow.STREAM)
         return _embeddings(vectors, encoding.statuses, base64, said)
@@ -439,11 +441,14 @@ def _embeddings(
     return Answer.json(answer)
 
 
-def _shortened(vectors: Vectors, size: int, version: ModelVersion) -> Vectors:
-    """The first `size` numbers of each, brought to length 1."""
-    if size > version.dim:
+def _check_size(size: int | None, version: ModelVersion) -> None:
+    if size is not None and size > version.dim:
         raise InvalidRequest.at("/dimensions", f"is {size}; {version.ref} has {version.dim}")
-    if size == version.dim:
+
+
+def _shortened(vectors: Vectors, size: int) -> Vectors:
+    """The first `size` numbers of each, brought to length 1."""
+    if size == vectors.shape[1]:
         return vectors
     kept = vectors[:, :size]
     lengths = np.linalg.norm(kept, axis=1, keepdims=True)

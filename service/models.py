@@ -234,10 +234,6 @@ class LoadedModels:
         if items <= INLINE_ITEMS:
             began = perf_counter()
             return work(), 0.0, perf_counter() - began
-        return await self.in_turn(work)
-
-    async def in_turn(self, work: Callable[[], T]) -> tuple[T, float, float]:
-        """The same, always by the thread that encodes."""
         asked = perf_counter()
 
         def timed() -> tuple[T, float, float]:

@@ -1,6 +1,9 @@
 """Arrow streams in and out: the numbers of JSON, and a status for every hard stream."""
 
+import asyncio
+import re
 import struct
+import threading
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -137,6 +140,25 @@ async def test_a_stream_of_more_rows_than_are_encoded_at_once_keeps_its_order(to
 
 
 # Items
+
+
+async def test_a_short_stream_does_not_wait_for_a_long_one(toys: Running) -> None:
+    free = threading.Event()
+    long = asyncio.create_task(toys.models.compute(1000, lambda: free.wait(20)))  # the encoder's thread is taken
+    try:
+        assert len(received(await asyncio.wait_for(sent(toys, pa.Table.from_pylist([TOY])), 10))) == 1
+    finally:
+        free.set()
+        await long
+
+
+async def test_more_dimensions_than_there_are_is_refused_before_anything_is_encoded(toys: Running) -> None:
+    before = (await toys.client.get("/metrics")).text
+    for content in (pa.Table.from_pylist([TOY] * 3), pa.Table.from_pylist([TOY] * 3000)):
+        assert_problem(await sent(toys, content, f"/v1/embeddings?dimensions={DIM + 1}"), 422, "/dimensions")
+    after = (await toys.client.get("/metrics")).text
+    counted = [re.findall(r"(?m)^itemvec_items_encoded_total.*", text) for text in (before, after)]
+    assert counted[0] == counted[1]
 
 
 async def test_a_stream_of_items_is_stored_as_json_would_be(toys: Running) -> None:

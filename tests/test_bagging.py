@@ -67,6 +67,19 @@ def test_a_set_of_thousands_among_small_ones_takes_no_room_for_the_others():
     assert_as_one_by_one(items)
 
 
+def test_many_columns_that_are_mostly_empty_become_what_each_item_becomes_alone():
+    names = [f"c{i}" for i in range(100)]
+    kinds = "".join(f"  {name}: {{kind: multi, min_count: 1}}\n" for name in names)
+    schema = FeatureSchema.from_yaml(f"name: wide\nid: id\nfeatures:\n{kinds}")
+    wide = FeatureTransform.fit(pa.table({"id": ["1", "2"], **{name: [["a"], ["b"]] for name in names}}), schema)
+    items = [{names[i]: ["b", "a", "b"]} for i in range(FEW)]
+    alone = [wide.transform([item]).batch for item in items]
+    for field in FIELDS:
+        np.testing.assert_array_equal(
+            getattr(wide.transform(items).batch, field), np.concatenate([getattr(one, field) for one in alone])
+        )
+
+
 def test_the_last_row_of_a_column_and_the_first_of_the_next_lie_side_by_side_and_stay_apart():
     # An unseen genre is the row behind the last color: the same number as an empty place of the colors.
     [color, genres, *_] = TRANSFORM.layout.bags
