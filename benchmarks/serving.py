@@ -41,6 +41,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks import _neighbors as neighbors
 from benchmarks import _services as services
@@ -429,6 +430,7 @@ def main(
     if unknown := set(wanted) - set(SECTIONS):
         raise click.BadParameter(f"no such section: {', '.join(sorted(unknown))}", param_hint="--only")
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's, which the network is served by
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     if registry is None:
