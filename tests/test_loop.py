@@ -21,6 +21,7 @@ from training.data import Prepared
 from training.folds import TRAIN, VALIDATION
 from training.interactions import Interactions
 from training.loop import Trainer
+from training.optimize import Optimization
 from training.parent import Parent
 from training.progress import of_columns
 
@@ -42,6 +43,30 @@ def test_the_loss_falls(data):
     history = list(Trainer(data, CONFIG.model_copy(update={"epochs": 10}), CPU).epochs())
     assert history[-1]["validation"]["reconstruct"] < 0.95 * history[0]["validation"]["reconstruct"]
     assert [m["epoch"] for m in history] == list(range(1, 11))
+
+
+def test_what_a_gpu_does_otherwise_learns_as_much(data, monkeypatch):
+    """bf16 where the trainer asks for it, dense gradients, fused optimizers: here on the CPU, which has all three."""
+    config = CONFIG.model_copy(update={"epochs": 10})
+    [*_, plain] = Trainer(data, config, CPU).epochs()
+
+    class Bf16(torch.autocast):
+        def __init__(self, kind, dtype=None, enabled=True):
+            super().__init__(kind, torch.bfloat16, enabled=dtype is not None)
+
+    for name in ("AdamW", "Adam"):
+        method = getattr(torch.optim, name)
+        monkeypatch.setattr(torch.optim, name, lambda *a, _method=method, **k: _method(*a, **{**k, "fused": True}))
+    monkeypatch.setattr(torch, "autocast", Bf16)
+    trainer = Trainer(data, config, CPU)
+    trainer.sparse = False
+    trainer.task.sparse_gradients(False)
+    layers, tables = trainer.task.layer_parameters(), trainer.task.table_parameters()
+    trainer.optimization = Optimization(layers, tables, config.optimizer, 10, trainer.steps, sparse=False)
+    [*_, other] = trainer.epochs()
+    assert [one.param_groups[0]["fused"] for one in trainer.optimization.optimizers] == [True, True]
+    assert other["validation"] != plain["validation"]
+    assert other["validation"]["total"] == pytest.approx(plain["validation"]["total"], rel=0.02)
 
 
 def test_an_epoch_may_be_shorter_than_once_through(data):
