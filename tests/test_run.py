@@ -123,8 +123,10 @@ def _copied(source: Path, draft: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--set", "epoch=3"], "epoch: no such setting"),
-        (["--set", "encoder.dimm=3"], "encoder.dimm: no such setting"),
+        (["--set", "epoch=3"], "epoch: no such setting; did you mean epochs?"),
+        (["--set", "encoder.dimm=3"], "encoder.dimm: no such setting; did you mean dim?"),
+        (["--set", "optimizer.xyz=3"], "optimizer.xyz: no such setting; there is method, "),
+        (["--set", "gate.size=3"], "gate: no such setting; there is encoder, "),
         (["--set", "optimizer.clip=-1"], "optimizer.clip: Input should be greater than 0"),
         (["--config", "nowhere.yaml"], "no config file at nowhere.yaml"),
         (["--set", "reconstruct.weight=0", "--set", "contrast.weight=0"], "there is nothing to learn"),

@@ -6,6 +6,7 @@ corruption: {mask: 0.3}
 """
 
 import copy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -285,15 +286,28 @@ def validated(model: type[AnySettings], content: Any, source: str) -> AnySetting
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        said = (f"{'.'.join(map(str, e['loc']))}: {_plain(e)}".removeprefix(": ") for e in error.errors())
+        said = (f"{'.'.join(map(str, e['loc']))}: {_plain(e, model)}".removeprefix(": ") for e in error.errors())
         raise ConfigError(f"{source}: {'; '.join(said)}") from None
 
 
-def _plain(mistake: Any) -> str:
-    if mistake["type"] == "extra_forbidden":
+def _plain(mistake: Any, model: type[BaseModel]) -> str:
+    if mistake["type"] != "extra_forbidden":
+        text: str = mistake["msg"].removeprefix("Value error, ")
+        return text
+    *path, name = mistake["loc"]
+    there: Any = model
+    for part in path:
+        field = there.model_fields.get(part) if _has_fields(there) else None
+        there = field and field.annotation
+    if not _has_fields(there):
         return "no such setting"
-    text: str = mistake["msg"].removeprefix("Value error, ")
-    return text
+    if close := get_close_matches(str(name), there.model_fields, 1):
+        return f"no such setting; did you mean {close[0]}?"
+    return f"no such setting; there is {', '.join(there.model_fields)}"
+
+
+def _has_fields(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 Device = Literal["auto", "cpu", "gpu"]
