@@ -1,6 +1,7 @@
 """Servers under measurement: processes that start, answer, and are gone afterwards."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,10 +17,12 @@ START_SECONDS = 120.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below those that the system gives out itself: one of Ray's many processes could take it in the meantime."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("none of 100 ports is free")
 
 
 @contextmanager

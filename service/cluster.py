@@ -66,8 +66,8 @@ def deployed(config: ServiceConfig, sockets: Path | None) -> Iterator[str]:
             _deploy(config, sockets)
             wait_until_ready(config, url)
         except (RayError, RuntimeError, TimeoutError) as error:
-            logs = config.data_dir / "logs"
-            raise ItemvecError(f"Ray Serve did not start: {_last_line(str(error))} (Ray's logs: {logs})") from error
+            why, logs = _reason(str(error), config), config.data_dir / "logs"
+            raise ItemvecError(f"Ray Serve did not start: {why} (Ray's logs: {logs})") from error
         yield url
     finally:
         if not own_ray_died():
@@ -123,6 +123,12 @@ def _url(config: ServiceConfig) -> str:
     everywhere = {"0.0.0.0", "::"}  # noqa: S104 only compared
     host = "127.0.0.1" if config.host in everywhere else config.host
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _reason(text: str, config: ServiceConfig) -> str:
+    if "cannot bind socket" in text:  # it was free when the service looked
+        return f"port {config.port} was taken meanwhile, perhaps by a process of Ray's; choose another with --port"
+    return _last_line(text)
 
 
 def _last_line(text: str) -> str:

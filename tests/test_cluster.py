@@ -8,7 +8,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Deplo
 
 from itemvec.errors import ItemvecError
 from service.app import APP
-from service.cluster import wait_until_ready
+from service.cluster import _reason, wait_until_ready
 from service.config import ServiceConfig
 
 NOBODY = "http://127.0.0.1:9"
@@ -39,3 +39,12 @@ def test_one_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.setattr(serve, "status", lambda: told(ApplicationStatus.DEPLOYING))
     with pytest.raises(ItemvecError, match=r"not ready within 0\.2 s"):
         wait_until_ready(ServiceConfig.read(start_seconds=0.2), NOBODY)
+
+
+def test_a_port_that_is_taken_while_ray_starts_is_said_with_a_way_out():
+    haproxy = """RuntimeError: HAProxy crashed during startup: [NOTICE] (7) : haproxy version is 2.8.25
+    [ALERT] (7) : Binding [h.cfg:43] for frontend http_frontend: cannot bind socket (Address already in use) for [::1:9]
+    [ALERT] (7) : [haproxy.main()] Some protocols failed to start their listeners! Exiting."""
+    said = _reason(haproxy, ServiceConfig(port=52365))
+    assert said == "port 52365 was taken meanwhile, perhaps by a process of Ray's; choose another with --port"
+    assert _reason("Traceback\n  itemvec.errors.ConfigError: no such thing\n", ServiceConfig()) == "no such thing"
