@@ -1,5 +1,7 @@
 """Many items at once become the very numbers that they become one by one."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given
@@ -65,6 +67,11 @@ def test_a_set_of_thousands_among_small_ones_takes_no_room_for_the_others():
     large = {"genres": ["War", *(f"unseen {i}" for i in range(5000))], "cast": [f"{i}" for i in range(700)]}
     items = [small] * 1500 + [large] + [small] * 1000 + [large]
     assert_as_one_by_one(items)
+    tracemalloc.start()
+    TRANSFORM.transform(items)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < len(items) * 5000  # one byte of a line that has room for the largest set
 
 
 def test_many_columns_that_are_mostly_empty_become_what_each_item_becomes_alone():
