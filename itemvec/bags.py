@@ -7,9 +7,9 @@ one row or more. `bag` says what one value becomes; `bags` gives the same for a 
 import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Collection, Sequence
-from functools import lru_cache
-from itertools import chain, compress, repeat
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, lru_cache
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -110,17 +110,13 @@ class LabelColumn(BagColumn):
         return set(map(type, values)) <= {self._type, type(None)}
 
     def _arrow_rows(self, labels: pa.Array) -> Ints | None:
-        """(len(labels),) their rows, each label looked up once; None where they are not of the column's type."""
+        """(len(labels),) their rows; None where they are not of the column's type, or one is no text."""
         if not _ARROW_TYPES[self.feature.dtype](labels.type):
             return None
-        coded = labels.dictionary_encode()
         try:
-            distinct = coded.dictionary.to_pylist()
+            return self.vocabulary.rows_of_arrow(labels)
         except UnicodeDecodeError:
             return None
-        rows = np.append(self.vocabulary.rows_of(distinct), MISSING)
-        taken: Ints = rows[coded.indices.fill_null(len(rows) - 1).to_numpy()]
-        return taken
 
 
 _ARROW_TYPES = {
@@ -247,7 +243,7 @@ class TextColumn(BagColumn):
             words = self._split(value)
         elif value is not None:
             notes.wrong(i, setting.name, "text", value)
-        packed = b"".join(map(_word_rows, words, *map(repeat, self._of_words)))
+        packed = b"".join(map(_word_rows(*self._of_words), words))
         bag = set(memoryview(packed).cast("q"))
         for n in range(2, setting.words + 1):
             bag.update(FIRST + hashed(" ".join(words[j : j + n]), setting.buckets) for j in range(len(words) - n + 1))
@@ -260,7 +256,7 @@ class TextColumn(BagColumn):
         texts = [self._split(value) if value else [] for value in values]
         words, counts = list(chain.from_iterable(texts)), np.fromiter(map(len, texts), np.int64)
         ends = np.cumsum(counts)
-        packed = [*map(_word_rows, words, *map(repeat, self._of_words))]
+        packed = [*map(_word_rows(*self._of_words), words)]
         until = np.cumsum([0, *map(len, packed)]) >> 3
         parts = [(np.frombuffer(b"".join(packed), np.int64), until[ends] - until[ends - counts])]
         left = np.repeat(ends, counts) - np.arange(len(words))  # words from each one to the end of its text
@@ -273,11 +269,16 @@ class TextColumn(BagColumn):
         return (canonical(text[: self.feature.max_characters]) or "").casefold().split()
 
 
-@lru_cache(maxsize=65_536)
-def _word_rows(word: str, shortest: int, longest: int, whole: bool, buckets: int) -> bytes:
-    """Of the character n-grams of a word, and of the word itself where it counts as a `whole`."""
-    marked = f"<{word}>"
-    grams = {marked[j : j + n] for n in range(shortest, longest + 1) for j in range(len(marked) - n + 1)}
-    # \x00: a character n-gram is not the word it spells
-    tokens = [f"\x00{gram}" for gram in grams] + [word] * whole
-    return array("q", [FIRST + hashed(token, buckets) for token in tokens]).tobytes()
+@cache
+def _word_rows(shortest: int, longest: int, whole: bool, buckets: int) -> Callable[[str], bytes]:
+    """What gives the rows of the character n-grams of a word, and of the word itself where it counts as a `whole`."""
+
+    @lru_cache(maxsize=65_536)
+    def rows(word: str) -> bytes:
+        marked = f"<{word}>"
+        grams = {marked[j : j + n] for n in range(shortest, longest + 1) for j in range(len(marked) - n + 1)}
+        # \x00: a character n-gram is not the word it spells
+        tokens = [f"\x00{gram}" for gram in grams] + [word] * whole
+        return array("q", [FIRST + hashed(token, buckets) for token in tokens]).tobytes()
+
+    return rows

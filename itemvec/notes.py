@@ -1,9 +1,9 @@
 """Notes: what was not plain about the columns of each item, and which values had the wrong type."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import itemgetter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import product
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
@@ -20,16 +20,20 @@ CODES: dict[Status, int] = {status: code for code, status in enumerate(WORDS, 1)
 
 
 Codes = npt.NDArray[np.int8]
+Places = npt.NDArray[np.intp]
 Mark = tuple[int, str, Status]
 """An item's place, a column of it that was not plain, and what it was."""
 
 
 class Marks(NamedTuple):
-    """The same of all, item by item, as three parallel lists."""
+    """The same of all, item by item, as three parallel arrays."""
 
-    items: list[int]
-    columns: list[str]
-    statuses: list[Status]
+    items: Places
+    columns: Places
+    """Which of `names`."""
+
+    codes: Codes
+    names: Sequence[str]
 
 
 class Statuses(Sequence[dict[str, Status]]):
@@ -38,35 +42,31 @@ class Statuses(Sequence[dict[str, Status]]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, n: int, single: Sequence[Mark], names: Sequence[str], codes: Codes | None) -> None:
+    def __init__(self, n: int, single: Sequence[Mark], names: Sequence[str] = (), codes: Codes | None = None) -> None:
         """Of n items: single ones, and (n, len(names)) codes of many."""
         self._n, self._single, self._names, self._codes = n, single, names, codes
-        self._marks: Marks | None = None
         self._items: list[dict[str, Status]] | None = None
 
-    @property
+    @cached_property
     def marks(self) -> Marks:
-        if self._marks is None:
-            found = Marks([], [], [])
-            if self._codes is not None:
-                items, columns = np.nonzero(self._codes)
-                words = [WORDS[code - 1] for code in self._codes[items, columns].tolist()]
-                found = Marks(items.tolist(), [self._names[c] for c in columns.tolist()], words)
-            if self._single:
-                ordered = sorted([*zip(*found, strict=True), *self._single], key=itemgetter(0))
-                found = Marks(*map(list, zip(*ordered, strict=True)))
-            self._marks = found
-        return self._marks
+        codes = np.zeros((self._n, 0), np.int8) if self._codes is None else self._codes
+        items, columns = np.nonzero(codes)
+        found = Marks(items, columns, codes[items, columns], self._names)
+        if not self._single:
+            return found
+        names = [*dict.fromkeys([*self._names, *(name for _, name, _ in self._single)])]
+        single = np.array([(i, names.index(name), CODES[status]) for i, name, status in self._single]).T
+        together = np.concatenate([np.array(found[:3]), single], axis=1)
+        items, columns, all_codes = together[:, np.argsort(together[0], kind="stable")]
+        return Marks(items, columns, all_codes.astype(np.int8), names)
 
     def tally(self) -> Mapping[tuple[str, Status], int]:
         """How often each column had each status."""
-        found = Counter((name, status) for _, name, status in self._single)
-        if self._codes is not None:
-            cells = self._codes + np.arange(len(self._names)) * (len(WORDS) + 1)
-            for cell, times in zip(*np.unique(cells[self._codes > 0], return_counts=True), strict=True):
-                column, code = divmod(int(cell), len(WORDS) + 1)
-                found[self._names[column], WORDS[code - 1]] += int(times)
-        return found
+        if self._codes is None:
+            return Counter((name, status) for _, name, status in self._single)
+        _, columns, codes, names = self.marks
+        times = np.bincount(columns * len(WORDS) + codes - 1, minlength=len(names) * len(WORDS)).tolist()
+        return {cell: n for cell, n in zip(product(names, WORDS), times, strict=True) if n}
 
     def __len__(self) -> int:
         return self._n
@@ -78,10 +78,15 @@ class Statuses(Sequence[dict[str, Status]]):
     def __getitem__(self, at: int | slice) -> dict[str, Status] | list[dict[str, Status]]:
         if self._items is None:
             items: list[dict[str, Status]] = [{} for _ in range(self._n)]
-            for i, column, status in self._single if self._codes is None else zip(*self.marks, strict=True):
+            for i, column, status in self._single if self._codes is None else self._each():
                 items[i][column] = status
             self._items = items
         return self._items[at]
+
+    def _each(self) -> Iterator[Mark]:
+        items, columns, codes, names = self.marks
+        for i, column, code in zip(items.tolist(), columns.tolist(), codes.tolist(), strict=True):
+            yield i, names[column], WORDS[code - 1]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and [*self] == [*other]
@@ -89,20 +94,12 @@ class Statuses(Sequence[dict[str, Status]]):
     def __repr__(self) -> str:
         return repr(self[:])
 
-
-def marks(statuses: Sequence[Mapping[str, Status]]) -> Marks:
-    """Of `Statuses`, or of a list of dicts."""
-    if isinstance(statuses, Statuses):
-        return statuses.marks
-    found = [(i, *mark) for i, status in enumerate(statuses) for mark in status.items()]
-    return Marks(*map(list, zip(*found, strict=True))) if found else Marks([], [], [])
-
-
-def tally(statuses: Sequence[Mapping[str, Status]]) -> Mapping[tuple[str, Status], int]:
-    """How often each column had each status."""
-    if isinstance(statuses, Statuses):
-        return statuses.tally()
-    return Counter(chain.from_iterable(status.items() for status in statuses))
+    @classmethod
+    def of(cls, statuses: Sequence[Mapping[str, Status]]) -> "Statuses":
+        """What they are already, or the same of a list of dicts."""
+        if isinstance(statuses, cls):
+            return statuses
+        return cls(len(statuses), [(i, *mark) for i, status in enumerate(statuses) for mark in status.items()])
 
 
 FEW = 64

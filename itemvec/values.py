@@ -27,6 +27,10 @@ def canonical(label: Any) -> Any:
     return label
 
 
+PLAIN = r"^[!-~\x{C0}-\x{17F}]([ -~\x{C0}-\x{17F}]*[!-~\x{C0}-\x{17F}])?$"
+"""For Arrow: text of ASCII and accented Latin letters (U+00C0 to U+017F) without spaces around it. All of it is in
+its canonical form, and most texts that are, are such."""
+
 FIBONACCI = 0x9E3779B1
 """2^32 divided by the golden ratio."""
 

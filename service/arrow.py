@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from itemvec.errors import FieldError
-from itemvec.notes import Status, marks
+from itemvec.notes import WORDS, Status, Statuses
 from itemvec.schema import FeatureSchema
 from service.problems import InvalidRequest, MalformedRequest, escaped
 from service.requests import MAX_COLUMNS, Limits
@@ -135,10 +135,11 @@ def outcomes(entries: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) 
 
 
 def _map(statuses: Sequence[Mapping[str, Status]]) -> pa.MapArray:
-    items, columns, words = marks(statuses)
+    items, columns, codes, names = Statuses.of(statuses).marks
     offsets = np.zeros(len(statuses) + 1, np.int32)
-    np.cumsum(np.bincount(np.array(items, np.int64), minlength=len(statuses)), out=offsets[1:])
-    return pa.MapArray.from_arrays(pa.array(offsets), pa.array(columns, pa.string()), pa.array(words, pa.string()))
+    np.cumsum(np.bincount(items, minlength=len(statuses)), out=offsets[1:])
+    keys = pa.array(names, pa.string()).take(pa.array(columns))
+    return pa.MapArray.from_arrays(pa.array(offsets), keys, pa.array(WORDS, pa.string()).take(pa.array(codes - 1)))
 
 
 def _stream(table: pa.Table, metadata: Mapping[str, str]) -> bytes:

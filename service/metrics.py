@@ -18,7 +18,7 @@ from prometheus_client.core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from itemvec.errors import ConfigError, StoreUnavailable
-from itemvec.notes import Status, tally
+from itemvec.notes import Status, Statuses
 from itemvec.processes import is_alive
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -167,7 +167,7 @@ class Metrics:
 
     def columns(self, model: str, statuses: Sequence[Mapping[str, Status]]) -> None:
         """One mapping an item, of the columns that were not plain."""
-        for (column, status), times in tally(statuses).items():
+        for (column, status), times in Statuses.of(statuses).tally().items():
             if status == "ignored":  # its name is the caller's, so there is no end of them
                 column = ""  # noqa: PLW2901
             if (counter := self._of_column.get((model, column, status))) is None:

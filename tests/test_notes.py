@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from itemvec.notes import FEW, Notes, marks, tally
+from itemvec.notes import FEW, WORDS, Notes, Statuses
 
 
 def notes(n: int) -> Notes:
@@ -31,14 +31,16 @@ def test_what_is_noted_reads_as_a_dict_an_item(more):
 
 @few_or_many
 def test_marks_are_the_same_item_by_item_without_the_dicts(more):
-    items, columns, words = marks(notes(3 + more).statuses)
-    assert items == [0, 0, 1, 2, 2]
-    assert [*zip(columns, words, strict=True)] == [mark for item in DICTS for mark in item.items()]
-    assert marks(DICTS) == (items, columns, words)
-    assert marks([{}] * more) == marks(Notes(more, ["color"], "").statuses) == ([], [], [])
+    def told(statuses):
+        items, columns, codes, names = Statuses.of(statuses).marks
+        return [*zip(items, (names[c] for c in columns), (WORDS[code - 1] for code in codes), strict=True)]
+
+    expected = [(i, *mark) for i, item in enumerate(DICTS) for mark in item.items()]
+    assert told(notes(3 + more).statuses) == told(DICTS) == expected
+    assert told([{}] * more) == told(Notes(more, ["color"], "").statuses) == []
 
 
 @few_or_many
 def test_a_tally_counts_each_status_of_each_column(more):
     counted = Counter({("year", "missing"): 1, ("color", "oov"): 1, ("year", "clipped"): 1, ("runtime", "ignored"): 2})
-    assert tally(notes(3 + more).statuses) == tally(DICTS) == counted
+    assert Statuses.of(notes(3 + more).statuses).tally() == Statuses.of(DICTS).tally() == counted

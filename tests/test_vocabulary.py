@@ -1,8 +1,11 @@
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itemvec.values import hashed
-from itemvec.vocabulary import FIRST, MISSING, OOV, Vocabulary
+from itemvec.values import PLAIN, canonical, hashed
+from itemvec.vocabulary import FIRST, MISSING, OOV, SEARCHED, Vocabulary
 
 
 def test_frequent_labels_come_first_and_ties_in_alphabetical_order():
@@ -52,3 +55,39 @@ def test_every_label_kept_by_fit_has_a_row_of_its_own(labels, buckets):
     rows = [vocabulary.row(label) for label in vocabulary.labels]
     assert rows == list(range(FIRST, FIRST + len(rows)))
     assert OOV not in {vocabulary.row(label) for label in labels} or not buckets  # what training saw has a trained row
+
+
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], max_codepoint=0x2FF) | st.sampled_from(" \n\u0301\u212b"), max_size=6
+)
+
+
+@given(known=st.lists(texts, max_size=20), labels=st.lists(texts | st.none(), max_size=20), buckets=st.integers(0, 4))
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("searched", [0, SEARCHED])
+def test_an_arrow_array_has_the_rows_that_its_labels_have(known, labels, buckets, kind, searched):
+    vocabulary = Vocabulary.fit(known, min_count=1, max_labels=10, hash_buckets=buckets)
+    labels = [*labels, *known, "", None]
+    with pytest.MonkeyPatch.context() as setting:
+        setting.setattr("itemvec.vocabulary.SEARCHED", searched)
+        rows = vocabulary.rows_of_arrow(pa.array(labels, kind))
+    assert rows.tolist() == vocabulary.rows_of(labels).tolist() == [vocabulary.row(label) for label in labels]
+
+
+def test_arrow_labels_that_are_not_of_a_text_are_found_too():
+    numbers, flags = Vocabulary.fit([7, 7, 2**40], min_count=1), Vocabulary.fit([True], min_count=1)
+    assert numbers.rows_of_arrow(pa.array([2**40, None, 7, 8])).tolist() == [FIRST + 1, MISSING, FIRST, OOV]
+    assert flags.rows_of_arrow(pa.array([False, True])).tolist() == [OOV, FIRST]
+
+
+@given(texts)
+def test_what_looks_plain_is_in_its_canonical_form(text):
+    if pc.match_substring_regex(pa.array([text]), PLAIN)[0].as_py():
+        assert canonical(text) == text
+
+
+def test_most_labels_look_plain():
+    labels = ["Drama", "Sci-Fi & Fantasy", "Am\u00e9lie", "Dvo\u0159\u00e1k", "x"]
+    assert pc.match_substring_regex(pa.array(labels), PLAIN).to_pylist() == [True] * len(labels)
+    others = ["", " ", " a", "a ", "a\n", "Ame\u0301lie", "\u212b", None]
+    assert not any(pc.match_substring_regex(pa.array(others), PLAIN).to_pylist())
