@@ -113,13 +113,19 @@ def itemvec(
 
 
 @contextmanager
-def peer(name: str, python: str, version: Path, folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """One of `benchmarks.peers`, run by the interpreter `python`: its port and its process."""
+def peer(
+    name: str, python: str, version: Path, folder: Path, encoder: str
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """One of `benchmarks.peers` with an encoder of `benchmarks.peers.films.Encoder`, run by the interpreter `python`:
+    its port and its process."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     # A home of its own, where BentoML and LitServe leave files; nothing is told to anybody.
-    environment = {"PYTHONPATH": paths, "HOME": str(folder), "BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}
+    environment = {
+        "PYTHONPATH": paths, "HOME": str(folder), "ENCODER": encoder,
+        "BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1",
+    }  # fmt: skip
     command = [python, "-m", f"benchmarks.peers.{name}", str(port), str(version)]
     with started(command, f"http://127.0.0.1:{port}/embed", folder / f"{name}.log", environment) as process:
         yield port, process

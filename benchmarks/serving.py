@@ -3,7 +3,8 @@ results.json, serving.png and the servers' logs.
 
     encode   one item a request at 1, 16 and 64 connections: itemvec, and the same trained encoder behind FastAPI and
              uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up and take turns, medians of rounds
-    bulk     1,024 items a request, over two connections; and the share of what encoding alone does in one process
+    bulk     1,024 items a request, over two connections, also with the encoder as one writes it in an afternoon behind
+             the peers; and the share of what encoding alone does in one process on one thread
     limit    the same of itemvec with no peer beside it
     similar  neighbors by id over HTTP against the bare FT.SEARCH, with a filter of 1 % and without; recall@10
     load     bulk upserts over HTTP, and the store alone against Redis alone that takes the same writes
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -66,6 +68,9 @@ AWAKE = 1.0
 """Seconds that a server has to see that time went by while it stood still."""
 
 PEERS = {"plain": "FastAPI + uvicorn", "bento": "BentoML", "lit": "LitServe", "ray_serve": "Ray Serve, defaults"}
+PLAIN = ", encoder of dicts and torch"
+"""Behind the title of a peer that does not call `ModelVersion.encode` (`benchmarks.peers.films.Plain`)."""
+
 DIRECT = "itemvec, direct_port"
 EXTRA = ("bento", "lit")
 """Those whose packages are not ours."""
@@ -128,17 +133,19 @@ class Server:
 
 
 @contextlib.contextmanager
-def all_up(bench: Bench) -> Iterator[dict[str, Server]]:
-    """Name -> server, of all that start. They stand still."""
+def all_up(bench: Bench, plain: bool) -> Iterator[dict[str, Server]]:
+    """Name -> server, of all that start, each peer once more with a `plain` encoder. They stand still."""
     with contextlib.ExitStack() as stack:
         direct = services.free_port()
         port, process = stack.enter_context(bench.serve(environment={"ITEMVEC_DIRECT_PORT": str(direct)}))
         ours = ((name, Target(at, "/v1/embeddings")) for name, at in (("itemvec", port), (DIRECT, direct)))
         servers = {name: Server(target, process) for name, target in ours}
-        for name, title in PEERS.items():
+        for name, ending in product(PEERS, ["", PLAIN] if plain else [""]):
+            title, folder = PEERS[name] + ending, bench.out / (f"{name}-plain" if ending else name)
             python = bench.peer_python if name in EXTRA else sys.executable
             try:
-                port, process = stack.enter_context(services.peer(name, python, bench.folder, bench.out / name))
+                peer = services.peer(name, python, bench.folder, folder, "plain" if ending else "itemvec")
+                port, process = stack.enter_context(peer)
             except RuntimeError as error:
                 click.echo(f"{title} is missing: {str(error).strip().splitlines()[-1]}", err=True)
             else:
@@ -198,7 +205,7 @@ def bulk(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
             bench, lambda at: bench.version.encode_arrow(bench.columns.slice(at, BULK))
         ),
     }
-    ways |= {name: over_http(server, floats) for name, server in servers.items() if name in PEERS.values()}
+    ways |= {name: over_http(server, floats) for name, server in servers.items() if not name.startswith("itemvec")}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(bench.rounds + 1):
         for name, way in ways.items():
@@ -394,10 +401,11 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
         (bench.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
 
     if {"encode", "bulk"} & set(wanted):
-        with all_up(bench) as servers:
-            for section in (encode, bulk):
-                if section.__name__ in wanted:
-                    keep(section.__name__, section(bench, servers))
+        with all_up(bench, plain="bulk" in wanted) as servers:
+            if "encode" in wanted:
+                keep("encode", encode(bench, {name: s for name, s in servers.items() if not name.endswith(PLAIN)}))
+            if "bulk" in wanted:
+                keep("bulk", bulk(bench, servers))
     for section in (limit, similar, load, growth):
         if section.__name__ in wanted:
             keep(section.__name__, section(bench))

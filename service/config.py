@@ -4,6 +4,8 @@ Whoever starts the service reads them once, with `ServiceConfig.read`, and hands
 """
 
 import ipaddress
+import os
+import sys
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -142,6 +144,11 @@ class ServiceConfig(BaseSettings):
     torch_threads: PositiveInt = 1
     """In a replica. The network is small: a second thread costs more in hand-over than it computes."""
 
+    encode_threads: PositiveInt | None = None
+    """Requests of many items that a replica encodes at the same time. Half of that work needs no Python: where it has a
+    second core a second thread pays, and where it has one it costs (docs/service.md). None: 2 if the machine has two
+    cores for each replica, otherwise 1."""
+
     replica_cpus: float = Field(default=1.0, ge=0)
     """What Ray reserves for a replica on a cluster that others use too."""
 
@@ -196,6 +203,10 @@ class ServiceConfig(BaseSettings):
         self.read_keys()
         return self
 
+    def threads_of_a_replica(self) -> int:
+        """Those that encode, on this machine."""
+        return self.encode_threads or max(1, min(2, cores() // self.replicas))
+
     def read_keys(self) -> dict[str, frozenset[str]]:
         """Key -> scopes; empty where everything is open. Raises ValueError if the file is no such file."""
         if self.api_keys_file is None:
@@ -219,6 +230,11 @@ class ServiceConfig(BaseSettings):
         if not keys:
             raise ValueError(f"the file of keys {self.api_keys_file} has none")
         return keys
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def is_loopback(host: str) -> bool:

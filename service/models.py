@@ -77,7 +77,7 @@ class LoadedModels:
         self._loading: dict[tuple[str, int], asyncio.Task[ModelVersion]] = {}
         self._refused: dict[tuple[str, int], tuple[VersionCorrupt, float]] = {}
         self._files = ThreadPoolExecutor(1, "itemvec-load")
-        self._encoders = ThreadPoolExecutor(1, "itemvec-encode")
+        self._encoders = ThreadPoolExecutor(config.threads_of_a_replica(), "itemvec-encode")
         self._together = Together()
         self._caches = config.cache != "off"
         self._cache = EncodeCache(store, config.cache, config.cache_items, metrics)
@@ -193,7 +193,7 @@ class LoadedModels:
     async def encode(
         self, version: ModelVersion, items: Sequence[Mapping[str, Any]], pointer: str = "", cached: bool = True
     ) -> tuple[Encoding, float]:
-        """The encoding, and the seconds that the items waited for the encoder's thread.
+        """The encoding, and the seconds that the items waited for a thread.
 
         `cached`: items that came before, or come just now, need not be encoded again.
         """
@@ -230,7 +230,7 @@ class LoadedModels:
         return Encoding(np.concatenate([part.vectors for part in parts]), statuses), waited
 
     async def compute(self, items: int, work: Callable[[], T]) -> tuple[T, float, float]:
-        """What `work` over so many items gives, the seconds that it waited for the thread, and those that it took."""
+        """What `work` over so many items gives, the seconds that it waited for a thread, and those that it took."""
         if items <= INLINE_ITEMS:
             began = perf_counter()
             return work(), 0.0, perf_counter() - began

@@ -136,7 +136,7 @@ async def running(registry: Path, redis_url: str, searchable: bool = True, **set
     config = ServiceConfig.read(
         registry=str(registry),
         redis_url=redis_url,
-        **{"registry_poll_seconds": 0.05, "store_timeout": PATIENCE, **settings},
+        **{"registry_poll_seconds": 0.05, "store_timeout": PATIENCE, "encode_threads": 1, **settings},
     )
     metrics, known = Metrics(), Registry(registry)
     store = Store(redis_url, timeout=config.store_timeout, index=config.index, changed=metrics.degraded)

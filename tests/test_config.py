@@ -80,3 +80,9 @@ def test_a_wrong_setting_is_told_in_one_line(given, told):
     with pytest.raises(ConfigError, match=told) as caught:
         ServiceConfig.read(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_replica_with_a_core_to_spare_encodes_in_two_threads(monkeypatch):
+    monkeypatch.setattr("service.config.cores", lambda: 4)
+    assert [ServiceConfig.read(replicas=n).threads_of_a_replica() for n in (1, 2, 3, 8)] == [2, 2, 1, 1]
+    assert ServiceConfig.read(replicas=8, encode_threads=3).threads_of_a_replica() == 3

@@ -1,6 +1,7 @@
 """Which version a replica serves, which it holds, and what it does when one cannot be loaded."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,25 @@ async def test_until_its_first_index_is_there_the_store_is_filling(toy_registry:
         await models.check_searchable(models.champion())
     await models.stop()
     await store.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_as_many_requests_of_many_items_are_encoded_at_once_as_there_are_threads(
+    toy_registry: Path, empty_redis: str, threads: int
+) -> None:
+    at_work, most, let_go = 0, 0, threading.Event()
+
+    def work() -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        let_go.wait(20)
+        at_work -= 1
+
+    async with serving.running(toy_registry, empty_redis, encode_threads=threads) as service:
+        requests = [asyncio.create_task(service.models.compute(1000, work)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert at_work == threads
+        let_go.set()
+        await asyncio.gather(*requests)
+        assert most == threads
