@@ -12,7 +12,8 @@ A schema is a small YAML file that a person reads and edits:
 Columns of the table that it does not name are not used. A typo in a setting is an error, not a default.
 """
 
-from collections.abc import Hashable
+import difflib
+from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -270,7 +271,16 @@ def _distinct(labels: tuple[Label, ...], they: str) -> tuple[Label, ...]:
 AnyFeature = Annotated[
     Nominal | Ordinal | Multi | Numeric | Timestamp | Text | Series | Vector, Field(discriminator="kind")
 ]
-KINDS = ("nominal", "ordinal", "multi", "numeric", "timestamp", "text", "series", "vector")
+KINDS: dict[str, type[Feature]] = {
+    "nominal": Nominal,
+    "ordinal": Ordinal,
+    "multi": Multi,
+    "numeric": Numeric,
+    "timestamp": Timestamp,
+    "text": Text,
+    "series": Series,
+    "vector": Vector,
+}
 
 
 class FeatureSchema(BaseModel):
@@ -397,8 +407,22 @@ def _in_one_line(error: ValidationError, content: dict[str, Any]) -> str:
         elif mistake["type"] == "union_tag_not_found":
             text = f"has no kind; it is one of {', '.join(KINDS)}"
         elif mistake["type"] == "extra_forbidden":
-            text = "no such setting"
+            text = no_such_setting(where[-1], _settings_at(mistake["loc"][:-1]))
         elif mistake["type"] == "string_pattern_mismatch":  # only a model's name has one
             text = f"{mistake['input']!r} is not up to 64 of a-z, 0-9, _, . and -, with a letter or digit first"
         sentences.append(f"{'.'.join(where)}: {text}" if where else text)
     return "; ".join(sentences)
+
+
+def _settings_at(place: tuple[int | str, ...]) -> Collection[str]:
+    """Those of the schema, or of a feature, whose place ends with its kind."""
+    if not place:
+        return FeatureSchema.model_fields
+    return [name for name in KINDS[str(place[-1])].model_fields if name != "name"]
+
+
+def no_such_setting(name: str, there: Collection[str]) -> str:
+    """With the way out, where `there` are those that there are."""
+    if close := difflib.get_close_matches(name, there, 1):
+        return f"no such setting; did you mean {close[0]}?"
+    return f"no such setting; there is {', '.join(there)}"

@@ -19,9 +19,10 @@ Ints = npt.NDArray[np.int64]
 OOV, MISSING, FIRST = 0, 1, 2
 """Every bag column's own rows begin with these two; its labels follow from row `FIRST`."""
 
-SEARCHED = 4
-"""Arrow looks labels up in a vocabulary of up to so many times their number: it begins with a hash table of the whole
-vocabulary, and then is three to five times as fast as Python, which has one already."""
+SEARCHED, LARGEST = 4, 32_768
+"""Arrow looks labels up in a vocabulary of up to so many times their number, and of up to so many labels. Each time it
+begins with a hash table of all of them, in 1 ms at most; then it is three to five times as fast as Python, which has
+one already. Python is faster where that table outgrows the processor's cache, or most labels are the same few."""
 
 
 class Vocabulary:
@@ -128,7 +129,7 @@ class Vocabulary:
         """The same of labels that come as an Arrow array of the column's type. Raises UnicodeDecodeError for text that
         is not UTF-8."""
         text = pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)
-        if not text or self.hash_buckets or len(self.labels) > SEARCHED * len(labels):
+        if not text or self.hash_buckets or len(self.labels) > min(LARGEST, SEARCHED * len(labels)):
             coded = labels.dictionary_encode()
             each = np.append(self.rows_of(coded.dictionary.to_pylist()), MISSING)
             taken: Ints = each[coded.indices.fill_null(len(each) - 1).to_numpy()]

@@ -1,18 +1,17 @@
 """`itemvec serve` as a user starts it: real Ray Serve, HAProxy and Redis, in processes of their own."""
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+
+from benchmarks._services import free_port
 
 
 class RealService:
@@ -119,12 +118,3 @@ def eventually(is_so: Callable[[], Any], seconds: float = 20.0) -> None:
     while not is_so():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    """Below those that the system gives out itself: one of Ray's many processes could take it in the meantime."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("none of 100 ports is free")

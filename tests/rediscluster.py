@@ -1,7 +1,6 @@
 """A real Redis Cluster of three nodes without replicas, from the binary of the embedded server."""
 
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +9,10 @@ from typing import Any
 
 import redis
 
+from benchmarks._services import free_port
 from service.redis_server import find_binaries
 
 SLOTS = 16384
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from liveservice import LiveService
-from realservice import free_port
 
+from benchmarks._services import free_port
 from itemvec.client import Client
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.features import FeatureTransform

@@ -3,8 +3,8 @@ import socket
 
 import httpx
 import pytest
-from realservice import free_port
 
+from benchmarks._services import free_port
 from itemvec.errors import ConfigError
 from service.app import BehindServe
 from service.listener import listen, listen_for_haproxy

@@ -42,7 +42,11 @@ def test_settings_are_written_out_so_that_a_later_default_cannot_change_a_model(
     [
         ("{x: {kind: numbers}}", "features.x: kind 'numbers' is none of nominal, ordinal, multi"),
         ("{x: {}}", "features.x: has no kind"),
-        ("{x: {kind: numeric, scael: log}}", "features.x.scael: no such setting"),
+        ("{x: {kind: numeric, scael: log}}", "features.x.scael: no such setting; did you mean scale?"),
+        (
+            "{x: {kind: numeric, buckets: 8}}",
+            "features.x.buckets: no such setting; there is weight, filterable, kind, ",
+        ),
         ("{x: {kind: ordinal, order: [a, a]}}", "names a label twice"),
         ("{x: {kind: multi, dtype: integer, separator: ','}}", "a separator splits strings"),
         ("{x: {kind: text, words: 0, characters: null}}", "leave nothing to read"),

@@ -416,9 +416,8 @@ def embed_table(model: str, table: str, out: Path, workers: int | None, ray_addr
             lambda count, total: bar.update(task, completed=count, total=total),
         )  # fmt: skip
     new = done.items - done.done_before
-    click.echo(
-        f"{done.items:,} vectors of {done.model} in {out}: {new:,} now, {new / max(done.seconds, 1e-9):,.0f} items/s"
-    )
+    now = f"{new:,} now, {new / max(done.seconds, 1e-9):,.0f} items/s" if new else "all of them were there"
+    click.echo(f"{done.items:,} vectors of {done.model} in {out}: {now}")
 
 
 def _followed(store: Any, ref: str, name: str, config: TrainConfig) -> int:

@@ -6,7 +6,6 @@ corruption: {mask: 0.3}
 """
 
 import copy
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -25,6 +24,7 @@ from pydantic import (
 
 from itemvec.encoder import EncoderConfig, Width
 from itemvec.errors import ConfigError
+from itemvec.schema import no_such_setting
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = NonNegativeFloat | Literal["auto"]
@@ -301,9 +301,7 @@ def _plain(mistake: Any, model: type[BaseModel]) -> str:
         there = field and field.annotation
     if not _has_fields(there):
         return "no such setting"
-    if close := get_close_matches(str(name), there.model_fields, 1):
-        return f"no such setting; did you mean {close[0]}?"
-    return f"no such setting; there is {', '.join(there.model_fields)}"
+    return no_such_setting(str(name), there.model_fields)
 
 
 def _has_fields(kind: Any) -> bool:
