@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import product
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
@@ -54,19 +53,27 @@ class Statuses(Sequence[dict[str, Status]]):
         found = Marks(items, columns, codes[items, columns], self._names)
         if not self._single:
             return found
-        names = [*dict.fromkeys([*self._names, *(name for _, name, _ in self._single)])]
-        single = np.array([(i, names.index(name), CODES[status]) for i, name, status in self._single]).T
+        names = [*self._names]
+        place = {name: at for at, name in reversed([*enumerate(names)])}
+        for _, name, _ in self._single:
+            if place.setdefault(name, len(names)) == len(names):
+                names.append(name)
+        single = np.array([(i, place[name], CODES[status]) for i, name, status in self._single]).T
         together = np.concatenate([np.array(found[:3]), single], axis=1)
         items, columns, all_codes = together[:, np.argsort(together[0], kind="stable")]
         return Marks(items, columns, all_codes.astype(np.int8), names)
 
     def tally(self) -> Mapping[tuple[str, Status], int]:
         """How often each column had each status."""
-        if self._codes is None:
-            return Counter((name, status) for _, name, status in self._single)
-        _, columns, codes, names = self.marks
-        times = np.bincount(columns * len(WORDS) + codes - 1, minlength=len(names) * len(WORDS)).tolist()
-        return {cell: n for cell, n in zip(product(names, WORDS), times, strict=True) if n}
+        found = Counter((name, status) for _, name, status in self._single)
+        if self._codes is not None:
+            for code, word in enumerate(WORDS, 1):
+                for name, times in zip(
+                    self._names, np.count_nonzero(self._codes == code, axis=0).tolist(), strict=True
+                ):
+                    if times:
+                        found[name, word] += times
+        return found
 
     def __len__(self) -> int:
         return self._n

@@ -398,7 +398,9 @@ def _in_one_line(error: ValidationError, content: dict[str, Any]) -> str:
     for mistake in error.errors():
         if mistake["loc"] == ("features",) and mistake["type"] == "too_short" and names:
             continue  # every feature failed and was counted out; its own sentence says why
-        where = [str(part) for part in mistake["loc"] if part not in KINDS]
+        place = mistake["loc"]
+        tagged = len(place) > 2 and place[0] == "features"  # features.0.numeric.scale: the kind is pydantic's to say
+        where = [str(part) for at, part in enumerate(place) if not (tagged and at == 2)]
         if len(where) > 1 and where[0] == "features" and where[1].isdigit() and int(where[1]) < len(names):
             where[1] = str(names[int(where[1])])
         text = mistake["msg"].removeprefix("Value error, ")
@@ -407,7 +409,7 @@ def _in_one_line(error: ValidationError, content: dict[str, Any]) -> str:
         elif mistake["type"] == "union_tag_not_found":
             text = f"has no kind; it is one of {', '.join(KINDS)}"
         elif mistake["type"] == "extra_forbidden":
-            text = no_such_setting(where[-1], _settings_at(mistake["loc"][:-1]))
+            text = no_such_setting(where[-1], _settings_at(place[:-1]))
         elif mistake["type"] == "string_pattern_mismatch":  # only a model's name has one
             text = f"{mistake['input']!r} is not up to 64 of a-z, 0-9, _, . and -, with a letter or digit first"
         sentences.append(f"{'.'.join(where)}: {text}" if where else text)

@@ -138,7 +138,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(GARBAGE)
-        short_turns()  # of the event loop; the thread that encodes many items has turns as usual
+        short_turns()  # of the event loop; the threads that encode many items have turns as usual
         handle = serve.get_deployment_handle(self._replica.deployment, app_name=self._replica.app_name)
         self._fleet = Fleet(handle, self, self._replica.replica_tag)
         app = build_app(

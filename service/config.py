@@ -147,7 +147,7 @@ class ServiceConfig(BaseSettings):
     encode_threads: PositiveInt | None = None
     """Requests of many items that a replica encodes at the same time. Half of that work needs no Python: where it has a
     second core a second thread pays, and where it has one it costs (docs/service.md). None: 2 if the machine has two
-    cores for each replica, otherwise 1."""
+    cores for each of all replicas, otherwise 1; on a cluster of several machines, say it."""
 
     replica_cpus: float = Field(default=1.0, ge=0)
     """What Ray reserves for a replica on a cluster that others use too."""

@@ -50,7 +50,7 @@ class Measured:
     ) -> Answer:
         """What `write` makes of the ids that `read` gives and the encoding of its table.
 
-        Of a stream of many bytes (`size`) all of it in one go, by the thread that encodes: with a trip there for each
+        Of a stream of many bytes (`size`) all of it in one go, by a thread that encodes: with a trip there for each
         of the three a service takes 8 % fewer streams of a thousand items. A long table is encoded in parts.
         """
         request.model = version.ref
@@ -88,7 +88,7 @@ class Measured:
 
     @staticmethod
     async def _here(request: Request, items: int, work: Coroutine[Any, Any, T]) -> T:
-        """What waits for the encoder's thread need not be done if nobody waits for it."""
+        """What waits for a thread need not be done if nobody waits for it."""
         return await (work if items <= INLINE_ITEMS else request.while_here(work))
 
     async def compute(self, request: Request, items: int, work: Callable[[], T]) -> T:

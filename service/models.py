@@ -244,8 +244,8 @@ class LoadedModels:
         return await asyncio.get_running_loop().run_in_executor(self._encoders, timed)
 
     async def aside(self, size: int, work: Callable[..., T], *args: object) -> T:
-        """What `work` over so many bytes gives. Of many by the thread that encodes: two threads that both run Python
-        hand the interpreter to each other at every step, and take a sixth more of a core for the same requests."""
+        """What `work` over so many bytes gives. Of many by a thread that encodes: the event loop would hand the
+        interpreter back and forth with it at every step, and both take a sixth more of a core for the same requests."""
         if size <= INLINE_BYTES:
             return work(*args)
         return await asyncio.get_running_loop().run_in_executor(self._encoders, work, *args)

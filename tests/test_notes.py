@@ -44,3 +44,12 @@ def test_marks_are_the_same_item_by_item_without_the_dicts(more):
 def test_a_tally_counts_each_status_of_each_column(more):
     counted = Counter({("year", "missing"): 1, ("color", "oov"): 1, ("year", "clipped"): 1, ("runtime", "ignored"): 2})
     assert Statuses.of(notes(3 + more).statuses).tally() == Statuses.of(DICTS).tally() == counted
+
+
+def test_columns_that_share_a_name_and_columns_that_nobody_knows_keep_their_own_places():
+    notes = Notes(2, ["a", "x", "x", "b"], "")
+    notes.put(["a", "b"], np.array([[1, 0], [0, 3]], np.int8))
+    notes.mark("y", "ignored", 0)
+    notes.mark("b", "ignored", 0)
+    assert notes.statuses == [{"a": "oov", "y": "ignored", "b": "ignored"}, {"b": "missing"}]
+    assert notes.statuses.tally() == {("a", "oov"): 1, ("y", "ignored"): 1, ("b", "ignored"): 1, ("b", "missing"): 1}

@@ -47,6 +47,7 @@ def test_settings_are_written_out_so_that_a_later_default_cannot_change_a_model(
             "{x: {kind: numeric, buckets: 8}}",
             "features.x.buckets: no such setting; there is weight, filterable, kind, ",
         ),
+        ("{weigth: {kind: nominal, text: 1}}", "features.weigth.text: no such setting; there is weight, "),
         ("{x: {kind: ordinal, order: [a, a]}}", "names a label twice"),
         ("{x: {kind: multi, dtype: integer, separator: ','}}", "a separator splits strings"),
         ("{x: {kind: text, words: 0, characters: null}}", "leave nothing to read"),
@@ -113,3 +114,8 @@ def test_an_unknown_feature_is_answered_with_those_there_are():
         FeatureSchema.from_yaml(FILMS).feature("genre")
     assert isinstance(FeatureSchema.from_yaml(FILMS).feature("age"), Ordinal)
     assert Multi(name="x").separator is None
+
+
+def test_a_feature_beside_the_features_is_told_as_such():
+    with pytest.raises(SchemaError, match=r"text: no such setting; there is name, id, features"):
+        FeatureSchema.from_yaml("name: a\nid: i\ntext: {kind: text}\nfeatures: {x: {kind: nominal}}")

@@ -54,7 +54,7 @@ class Encoder:
 class Plain:
     """The same vectors as one gets them in an afternoon: labels from a dict one by one, and the layers run by torch.
 
-    Of nominal, multi, text and dense columns.
+    Of nominal, multi, text and dense columns without hash buckets or separators, and labels in canonical form.
     """
 
     def __init__(self, version: ModelVersion) -> None:
@@ -76,6 +76,9 @@ class Plain:
 
 def _bag_of(base: int, column: Any) -> Callable[[Any], Collection[int]]:
     """What gives the rows of the shared table that a value has."""
+    feature = column.feature
+    if feature.kind == "ordinal" or getattr(feature, "hash_buckets", 0) or getattr(feature, "separator", None):
+        raise ValueError(f"the plain encoder does not know columns such as {feature.name!r}")
     if not isinstance(column, NominalColumn | MultiColumn):
         return lambda value: [base + row for row in column.bag(value, 0, Notes(1, [], ""))]
     rows = {label: row for row, label in enumerate(column.vocabulary.labels, base + FIRST)}
