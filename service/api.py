@@ -16,7 +16,7 @@ from itemvec.errors import FieldError, InvalidItem, ItemNotFound, ItemvecError, 
 from itemvec.notes import Status
 from itemvec.runs import Run
 from itemvec.version import Encoding, ModelVersion
-from service import arrow, openapi, requests, schemas
+from service import arrow, columns, openapi, requests, schemas
 from service.config import ServiceConfig
 from service.decode import decode
 from service.edge import JSON, Answer, Edge, Keys, Operation, Request
@@ -24,7 +24,7 @@ from service.explorer import page as explorer_page
 from service.items import ItemWriter, Upserted
 from service.measured import Measured
 from service.metrics import CONTENT_TYPE, Metrics
-from service.models import LoadedModels
+from service.models import INLINE_BYTES, LoadedModels
 from service.problems import InvalidRequest, PathNotFound, problem
 from service.promote import Fleet, Promotions
 from service.queries import read_similar
@@ -219,13 +219,39 @@ class Api:
             _check_size(size, version)
             read = partial(arrow.read_items, body, version.schema, self._limits, "/input")
             write = partial(self._encoded, request, version, size, False)
-            return await self._measured.encode_stream(request, version, len(body), read, write, "/input")
+            return await self._measured.encode_table(request, version, len(body), read, write, "/input")
+        if len(body) > INLINE_BYTES and (answer := await self._embed_columns(request, body, ref, size)) is not None:
+            return answer
         wanted = await self._models.aside(len(body), requests.read_embeddings, body, self._limits)
         version, size = await self._models.get(wanted.model or ref), wanted.dimensions or size
         _check_size(size, version)
         encoding = await self._measured.encode(request, version, wanted.items, "/input")
         given = request, version, size, wanted.base64, None, encoding
         return await self._models.aside(encoding.vectors.nbytes, self._encoded, *given)
+
+    async def _embed_columns(self, request: Request, body: bytes, ref: str | None, size: int | None) -> Answer | None:
+        """The answer to a body of many items that are all as the schema says; None if they have to be read one by one,
+        which gives the same answer, or says what is wrong."""
+        named = columns.model_named(body) or ref
+        try:
+            version = await self._models.get(named)
+        except ItemvecError:
+            return None
+
+        def read() -> tuple[columns.EmbeddingsColumns, pa.Table]:
+            wanted = columns.read_embeddings(body, version.schema, self._limits)
+            if (wanted.model or ref) != named:
+                raise columns.NotColumns
+            _check_size(wanted.dimensions or size, version)
+            return wanted, wanted.table
+
+        def write(wanted: columns.EmbeddingsColumns, encoding: Encoding) -> Answer:
+            return self._encoded(request, version, wanted.dimensions or size, wanted.base64, None, encoding)
+
+        try:
+            return await self._measured.encode_table(request, version, len(body), read, write, "/input")
+        except (columns.NotColumns, InvalidItem):
+            return None
 
     def _encoded(
         self,

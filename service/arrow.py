@@ -44,6 +44,11 @@ def read_table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
     table = _table(body, limits, pointer)
     if not 1 <= len(table) <= limits.rows:
         raise InvalidRequest.at(pointer, f"has {len(table)} rows; a stream takes 1 to {limits.rows}")
+    return within(table, limits, pointer, len(body))
+
+
+def within(table: pa.Table, limits: Limits, pointer: str, size: int) -> pa.Table:
+    """The same table with plain columns, none of them beyond a limit; it came as so many bytes."""
     if table.num_columns > MAX_COLUMNS:
         detail = f"has {table.num_columns} columns; an item takes up to {MAX_COLUMNS}"
         raise InvalidRequest.at(pointer, detail)
@@ -55,7 +60,7 @@ def read_table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
     plain = {}
     for name, column in zip(names, table.columns, strict=True):
         try:
-            plain[name] = _plain(column, limits, SPREAD * len(body))
+            plain[name] = _plain(column, limits, SPREAD * size)
         except _Wrong as wrong:
             row = "" if wrong.row is None else f"/{wrong.row}"
             errors.append(FieldError(f"{pointer}{row}/{escaped(name)}", str(wrong)))

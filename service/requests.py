@@ -93,11 +93,11 @@ def read_embeddings(body: bytes, limits: Limits) -> EmbeddingsRequest:
         errors.append(FieldError("/input", f"has {len(items)} items; a request takes 1 to {limits.items}"))
     else:
         errors += items_errors(items, "/input", limits, len(body))
-    encoding_format = fields.get("encoding_format", "float")
-    if encoding_format not in ("float", "base64"):
+    encoding_format = fields.get("encoding_format")
+    if not is_format(encoding_format):
         errors.append(expected("/encoding_format", '"float" or "base64"', encoding_format))
     dimensions = fields.get("dimensions")
-    if dimensions is not None and not (is_int(dimensions) and dimensions >= 1):
+    if not is_size(dimensions):
         errors.append(expected("/dimensions", "a whole number from 1", dimensions))
     model = read_model(fields, errors)
     if errors:
@@ -263,9 +263,22 @@ def unknown_fields(value: Mapping[str, Any], known: set[str], pointer: str) -> l
 
 def read_model(fields: Mapping[str, Any], errors: list[FieldError]) -> str | None:
     model = fields.get("model")
-    if model is not None and not (isinstance(model, str) and 0 < len(model) <= 200):
+    if not is_model_name(model):
         errors.append(expected("/model", "a name such as movies, movies@7 or movies@champion", model))
     return model
+
+
+def is_model_name(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and 0 < len(value) <= 200)
+
+
+def is_format(value: Any) -> bool:
+    return value in (None, "float", "base64")
+
+
+def is_size(value: Any) -> bool:
+    """Of a vector that is wanted shorter than it is; null for all of it."""
+    return value is None or (is_int(value) and value >= 1)
 
 
 def read_item_id(value: Any, pointer: str, errors: list[FieldError]) -> str | None:

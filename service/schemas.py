@@ -90,7 +90,7 @@ class EmbeddingsRequest(_Request):
 
     input: list[Item] = Field(min_length=1)
     model: ModelRef | None = Field(None, description="The default model if left out")
-    encoding_format: Literal["float", "base64"] = Field(
+    encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="`base64`: the float32 numbers, little endian. Smaller and faster than text."
     )
     dimensions: int | None = Field(
