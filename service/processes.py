@@ -50,12 +50,20 @@ def short_turns(thread: int = 0) -> None:
         ctypes.CDLL(None).syscall(number, thread, wanted, none)
 
 
+def own_ray() -> list[int]:
+    """The two processes that a Ray cannot be without, of the one that this process started; none if it started none."""
+    found = ((pid, *_stat(pid)) for pid in _others())
+    return [pid for pid, name, _, parent in found if parent == os.getpid() and name in {"raylet", "gcs_server"}]
+
+
 def own_ray_died() -> bool:
-    """Whether the Ray that this process started has lost one of the two processes that it cannot be without."""
-    return any(
-        parent == os.getpid() and name in {"raylet", "gcs_server"} and state == "Z"
-        for name, state, parent in map(_stat, _others())
-    )
+    """Whether the Ray that this process started has lost one of them."""
+    return any(map(has_ended, own_ray()))
+
+
+def has_ended(child: int) -> bool:
+    """A child that nobody has asked for stays as a zombie."""
+    return _stat(child)[1] in {"Z", ""}
 
 
 def _others() -> list[int]:

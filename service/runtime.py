@@ -25,7 +25,7 @@ from typing import Final
 from itemvec.errors import ConfigError, ItemvecError, RegistryError, VersionCorrupt
 from service import haproxy
 from service.config import NO_CHAMPION, ServiceConfig
-from service.processes import own_ray_died, processes_with, step_back
+from service.processes import has_ended, own_ray, processes_with, step_back
 from service.redis_server import EmbeddedRedis
 
 Progress = Callable[[str], None]
@@ -47,11 +47,12 @@ class Running:
         self.url = url
         self.config = config
         self._redis = redis
+        self._ray = own_ray()  # found once: it takes milliseconds of a core that requests wait for
 
     def wait(self) -> None:
         """Until a signal ends it by an exception, or `ItemvecError` where Ray has died. A Redis that crashed is
         started again, with its data."""
-        while not own_ray_died():
+        while not any(map(has_ended, self._ray)):
             time.sleep(0.5)
             if self._redis is not None and self._redis.pid is None:
                 self._redis.start()
@@ -119,6 +120,10 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Serve's controller looks at its replicas 10 times a second and Ray's agent at all processes every 5 s, for
+        # milliseconds in which a request waits: most of a busy service's slowest hundredth.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "REPORTER_UPDATE_INTERVAL_MS": "60000",
         # By default Ray's workers, replicas and HAProxy among them, yield to all else that runs (nice 15): while
         # the cores are busy a request then waits for more than its turn. `HOUSEKEEPING` steps back afterwards.
         "RAY_worker_niceness": "0",
