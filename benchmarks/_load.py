@@ -104,7 +104,8 @@ def offer(target: Target, requests: Requests, connections: int, rate: float, sec
     sockets = [socket.create_connection(("127.0.0.1", target.port)) for _ in range(connections)]
     gc.disable()  # a look for garbage among all bodies takes milliseconds, which would count as the server's
     try:
-        _offer(target, requests, sockets, rate, connections)
+        for one in sockets:
+            _ask(target, requests, one)
         return _offer(target, requests, sockets, rate, total)
     finally:
         gc.enable()
@@ -145,13 +146,21 @@ class Caller:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def _ask(target: Target, requests: Requests, one: socket.socket) -> None:
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    body, answer = requests.take(), bytearray()
+    one.sendall(_head(target, body) + body)
+    while not _whole(answer):
+        received = one.recv(1 << 20)
+        assert received, "the server closed a connection"
+        answer += received
+
+
 def _offer(target: Target, requests: Requests, sockets: Sequence[socket.socket], rate: float, total: int) -> Waits:
     idle, buffers = deque(sockets), {one: bytearray() for one in sockets}
     due: dict[socket.socket, float] = {}
     waits: list[float] = []
     sent = refused = 0
-    for one in sockets:
-        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     began = time.perf_counter() + 0.01
     end = began + total / rate + PATIENCE
     while len(waits) < total and (now := time.perf_counter()) < end:

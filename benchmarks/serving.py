@@ -68,7 +68,7 @@ RATES = (500, 1000, 1500, 1900, 2500, 3000)
 """Requests a second."""
 
 LOST = 1e3
-"""Milliseconds at p99 with which a server does not keep up; it is not asked for more."""
+"""Milliseconds at p99 with which a server does not keep up. It is not asked for more, nor is one that refuses some."""
 
 BULK = 1024
 AWAKE = 1.0
@@ -153,7 +153,7 @@ def all_up(bench: Bench, plain: bool) -> Iterator[dict[str, Server]]:
             try:
                 peer = services.peer(name, python, bench.folder, folder, "plain" if ending else "itemvec")
                 port, process = stack.enter_context(peer)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 click.echo(f"{title} is missing: {str(error).strip().splitlines()[-1]}", err=True)
             else:
                 servers[title] = Server(Target(port, "/embed"), process)
@@ -203,8 +203,10 @@ def rates(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
                     waits[name].append(offer(target, requests, connections, rate, bench.seconds))
         for name, found in waits.items():
             p50, p99 = (statistics.median(wait.at(p) * 1e3 for wait in found) for p in (50, 99))
-            rows.append({"server": name, "offered/s": rate, "p50 ms": p50, "p99 ms": p99})
-            if p99 > LOST:
+            late = sum(wait.unanswered for wait in found)
+            row = {"server": name, "offered/s": rate, "p50 ms": p50, "p99 ms": p99, "unanswered": late}
+            rows.append(row)
+            if p99 > LOST or late:
                 del keeping_up[name]
     return rows
 

@@ -17,6 +17,7 @@ from itemvec.notes import Status
 from itemvec.runs import Run
 from itemvec.version import Encoding, ModelVersion
 from service import arrow, columns, openapi, requests, schemas
+from service.cache import CACHED_ITEMS
 from service.config import ServiceConfig
 from service.decode import decode
 from service.edge import JSON, Answer, Edge, Keys, Operation, Request
@@ -234,13 +235,15 @@ class Api:
         which gives the same answer, or says what is wrong."""
         named = columns.model_named(body) or ref
         try:
-            version = await self._models.get(named)
-        except ItemvecError:
+            version = self._models.held(named)
+        except InvalidRequest:  # of several models none is named
+            return None
+        if version is None:
             return None
 
         def read() -> tuple[columns.EmbeddingsColumns, pa.Table]:
             wanted = columns.read_embeddings(body, version.schema, self._limits)
-            if (wanted.model or ref) != named:
+            if (wanted.model or ref) != named or len(wanted.table) <= CACHED_ITEMS:  # so few may be known already
                 raise columns.NotColumns
             _check_size(wanted.dimensions or size, version)
             return wanted, wanted.table

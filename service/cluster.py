@@ -73,7 +73,7 @@ def deployed(config: ServiceConfig, sockets: Path | None) -> Iterator[str]:
         if not own_ray_died():
             remover = threading.Thread(target=_remove, daemon=True)
             remover.start()
-            remover.join(config.drain_seconds + config.stop_seconds + 2.0)
+            remover.join(config.drain_seconds + config.stop_seconds + 4.0)
 
 
 def _deploy(config: ServiceConfig, sockets: Path | None) -> None:

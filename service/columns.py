@@ -1,8 +1,8 @@
 """JSON bodies of many items, read as columns: by Arrow, without an object an item and outside of Python's lock.
 
-Only what is all as the schema says comes out. Of any other body (a value of another type, a column that the schema does
-not name, a key that stands twice, a value beyond a limit, no JSON at all) Arrow reads no further, and
-`service/requests.py` reads it, item by item, and says what is wrong with it if anything is.
+Only what is all as the schema says comes out. Any other body (a value of another type or beyond a limit, a column that
+the schema does not name, a key that stands twice, no JSON at all) is left to `service/requests.py`, which reads it item
+by item, and says what is wrong with it if anything is.
 """
 
 import re
@@ -27,14 +27,14 @@ SETTINGS: Final = [
     ("dimensions", pa.int64()),
     ("user", pa.string()),
 ]
-AT_THE_ENDS: Final = 256
-"""Bytes before and behind the items, where a model's name is looked for."""
+AT_THE_ENDS: Final = 1024
+"""Bytes of a body's beginning and end, in which a model's name is looked for."""
 
 _MODEL: Final = re.compile(rb'"model"\s*:\s*"([^"\\]{1,200})"')
 
-_NULL: Final = re.compile(rb"\}\s*null")
-"""A body that is null, or has it behind its object, makes Arrow read memory that is not its own, and crash
-(apache/arrow#47409). Within the object it is as good as any value."""
+_NULL: Final = re.compile(rb"\[\s*null|\}\s*,?\s*null")
+"""For an item that is null Arrow makes room in every column, however many there are; and a body that is null, or has it
+behind its object, makes it read memory that is not its own, and crash (apache/arrow#47409)."""
 
 
 class NotColumns(Exception):
@@ -52,9 +52,11 @@ class EmbeddingsColumns:
 
 
 def model_named(body: bytes) -> str | None:
-    """The model that the body seems to name, to be held against what `read_embeddings` finds: whose schema to read it
-    by has to be known before it is read."""
-    found = _MODEL.search(body[-AT_THE_ENDS:]) or _MODEL.search(body[:AT_THE_ENDS])
+    """The model that the body seems to name, before or behind its items. A guess, made to know by whose schema to read
+    it: `read_embeddings` then tells what it does name."""
+    head, _, _ = body[:AT_THE_ENDS].partition(b"[")
+    _, _, tail = body[-AT_THE_ENDS:].rpartition(b"]")
+    found = _MODEL.search(tail) or _MODEL.search(head)
     return found[1].decode("utf-8", "replace") if found else None
 
 
@@ -81,7 +83,7 @@ def _row(body: bytes, schema: FeatureSchema, limits: Limits) -> pa.Table:
     """The body as the only row of a table."""
     if not body.startswith(b"{") or _NULL.search(body):
         raise NotColumns
-    if body.count(b"{") > limits.items + 1:  # Arrow makes room for every column of every item as it goes
+    if body.count(b"{") > limits.items + 1:  # Arrow makes room for every column of an item, whatever it has
         raise NotColumns
     item = {schema.id: pa.string()} | {feature.name: _type(feature) for feature in schema.features}
     expected = pa.schema([("input", pa.list_(pa.struct(list(item.items())))), *SETTINGS])
@@ -98,7 +100,7 @@ def _row(body: bytes, schema: FeatureSchema, limits: Limits) -> pa.Table:
 
 
 def _type(feature: Feature) -> pa.DataType:
-    """What most of its values are. Raises NotColumns for labels of several types."""
+    """The type that it is read as, and has to be of. Raises NotColumns for labels of several types."""
     json_type: dict[str, Any] = feature.json_type
     if "anyOf" in json_type:  # a moment is a text or a number; labels are a list or, where they may be, one text
         return pa.string()
@@ -115,7 +117,5 @@ def _type(feature: Feature) -> pa.DataType:
 
 def _is_finite(column: pa.ChunkedArray) -> bool:
     """Arrow also reads NaN and Infinity, which are no JSON."""
-    values = column
-    if pa.types.is_large_list(column.type):
-        values = pc.list_flatten(column)
+    values = pc.list_flatten(column) if pa.types.is_large_list(column.type) else column
     return not pa.types.is_floating(values.type) or pc.all(pc.is_finite(values), min_count=0).as_py()

@@ -135,11 +135,27 @@ class LoadedModels:
             raise ModelNotFound(name, sorted(self._champions))
         return champion
 
+    def held(self, ref: str | None) -> ModelVersion | None:
+        """The same as `get`, of a version that is loaded; None where a file would have to be read."""
+        name, at, which = (self._default_name() if ref is None else ref).partition("@")
+        champion = self._champions.get(name)
+        if not at or which == CHAMPION:
+            return champion
+        if not (which.isascii() and which.isdigit()):  # an alias, which the registry knows
+            return None
+        if champion is not None and champion.version == int(which):
+            return champion
+        if (held := self._others.get((name, int(which)))) is not None:
+            self._others.move_to_end((name, int(which)))
+        return held
+
     async def get(self, ref: str | None) -> ModelVersion:
         """The version that `ref` means now: None, `movies`, `movies@champion`, `movies@challenger`, `movies@7`.
 
         Raises `ModelNotFound`, `VersionNotFound`, `VersionCorrupt`.
         """
+        if (held := self.held(ref)) is not None:
+            return held
         name, at, which = (self._default_name() if ref is None else ref).partition("@")
         if not at or which == CHAMPION:
             return self.champion(name)
@@ -147,12 +163,8 @@ class LoadedModels:
             number = int(which)
         else:
             _, number = await self.in_thread(self.registry.resolve, f"{name}@{which}")
-        champion = self._champions.get(name)
-        if champion is not None and champion.version == number:
-            return champion
-        if (held := self._others.get((name, number))) is not None:
-            self._others.move_to_end((name, number))
-            return held
+            if (held := self.held(f"{name}@{number}")) is not None:
+                return held
         return await self._load(name, number)
 
     async def prepare_version(self, name: str, version: int) -> str:

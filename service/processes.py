@@ -51,7 +51,7 @@ def short_turns(thread: int = 0) -> None:
 
 
 def own_ray() -> list[int]:
-    """The two processes that a Ray cannot be without, of the one that this process started; none if it started none."""
+    """If this process started a Ray: the two processes that it cannot be without."""
     found = ((pid, *_stat(pid)) for pid in _others())
     return [pid for pid, name, _, parent in found if parent == os.getpid() and name in {"raylet", "gcs_server"}]
 
@@ -63,7 +63,7 @@ def own_ray_died() -> bool:
 
 def has_ended(child: int) -> bool:
     """A child that nobody has asked for stays as a zombie."""
-    return _stat(child)[1] in {"Z", ""}
+    return _stat(child)[1] == "Z" or not Path(f"/proc/{child}").exists()
 
 
 def _others() -> list[int]:

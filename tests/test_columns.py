@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,19 @@ def test_what_is_read_as_columns_are_the_numbers_and_the_fields_of_the_items(fie
     assert encoded.statuses == by_item.statuses
 
 
+@given(st.lists(plain, min_size=1, max_size=20), st.integers(1, 5), writers)
+def test_items_with_values_of_the_right_types_are_read_as_columns_however_many(items, times, write):
+    body = write({"input": items * times, "model": "films"}).encode("utf-8", "surrogatepass")
+    limits = replace(LIMITS, items=100, string=31)
+    if b"[null" in body.replace(b" ", b"").replace(b"\n", b""):  # as an item might be
+        return
+    found = columns.read_embeddings(body, TRANSFORM.schema, limits)
+    encoded = TRANSFORM.transform_arrow(found.table)
+    by_item = TRANSFORM.transform(requests.read_embeddings(body, limits).items)
+    assert arrays(encoded.batch) == arrays(by_item.batch)
+    assert encoded.statuses == by_item.statuses
+
+
 PIECES = ["{", "}", "[", "]", ",", ":", '"', "\\", "null", "NaN", "1", "-", "e", ".", " ", "\n", "\0", '"tt":"1",']
 
 
@@ -136,6 +150,18 @@ def test_items_as_the_schema_says_are_read_as_columns_with_all_that_they_may_lac
     assert (found.table.num_rows, found.model, found.base64, found.dimensions) == (5, "films@1", True, 2)
     assert found.table["cast"].to_pylist() == ["Ann|Bob", None, None, None, None]
     assert found.table["views"].to_pylist()[:2] == [[1.0, 2.5, 4.0], None]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'{"model": "films@2", "input": [{"model": "Corolla"}]}', "films@2"),
+        (b'{"input": [{"model": "Corolla"}], "model" : "films"}', "films"),
+        (b'{"input": [{"model": "Corolla"}]}', None),
+    ],
+)
+def test_the_model_is_looked_for_outside_of_the_items(body, named):
+    assert columns.model_named(body) == named
 
 
 LEFT = {
@@ -184,6 +210,8 @@ def test_what_is_nested_without_end_is_not_followed(inner):
 
 NOT_BEGUN = {
     "more objects than items may come": b'{"input": [' + b"{}," * 1_000_000 + b"{}]}",
+    "items that are null": b'{"input": [null, null]}',
+    "items that are null behind one": b'{"input": [{"price": 1} , null, null]}',
     "null": b"null",
     "null behind white space": b" \n null",
     "null behind the object": b'{"input": [{}]} \n null',
@@ -243,6 +271,7 @@ async def test_many_items_get_the_answer_that_few_get(toys: Running, asked: Any,
 
 @pytest.mark.anyio
 async def test_the_model_may_stand_before_the_items_or_in_the_address(toys: Running, monkeypatch: Any) -> None:
+    await post(toys, "/v1/embeddings", {"input": MANY, "model": "toys@2"})
     monkeypatch.setattr(requests, "read_embeddings", refuse)
     for path, fields in (("", {"model": "toys@2", "input": MANY}), ("?model=toys@2", {"input": MANY})):
         assert (await post(toys, "/v1/embeddings" + path, fields)).json()["model"] == "toys@2"
@@ -259,5 +288,31 @@ async def test_what_is_odd_about_one_of_many_items_is_said_as_of_few(toys: Runni
     assert_problem(await post(toys, "/v1/embeddings", {"input": MANY, "model": "boys"}), 404)
     assert_problem(await post(toys, "/v1/embeddings", {"input": MANY, "dimensions": 9}), 422, "/dimensions")
     assert_problem(await post(toys, "/v1/embeddings", orjson.dumps({"input": MANY})[:-1]), 400)
-    named = [{**ODD, "model": "toys@2"}]
-    assert (await post(toys, "/v1/embeddings", {"input": [*MANY, *named]})).json()["model"] == "toys@1"
+
+
+@pytest.mark.anyio
+async def test_a_version_that_is_named_among_the_items_is_not_loaded_for_it(toys: Running) -> None:
+    named = {**ODD, "model": "toys@3"}
+    for items in ([*MANY, named], [named, *MANY]):
+        assert (await post(toys, "/v1/embeddings", {"input": items})).json()["model"] == "toys@1"
+    assert toys.models.held("toys@3") is None
+
+
+@pytest.mark.anyio
+async def test_a_table_of_several_parts_is_answered_in_its_order(toys: Running, monkeypatch: Any) -> None:
+    few = (await post(toys, "/v1/embeddings", {"input": MANY[:40]})).json()["data"]
+    monkeypatch.setattr(requests, "read_embeddings", refuse)
+    many = (await post(toys, "/v1/embeddings", {"input": MANY[:40] * 60})).json()["data"]
+    assert [one["index"] for one in many] == [*range(2400)]
+    found, wanted = (np.array([one["embedding"] for one in data]) for data in (many[2040:2080], few))
+    assert np.abs(found - wanted).max() <= 1e-6
+
+
+@pytest.mark.anyio
+async def test_few_items_are_kept_by_the_encode_cache_however_large_they_are(toys: Running) -> None:
+    body = orjson.dumps({"input": [{**TOY, "name": f"{i} {'wood ' * 1000}"} for i in range(32)]})
+    assert len(body) > INLINE_BYTES
+    first, second = [await post(toys, "/v1/embeddings", body) for _ in range(2)]
+    assert first.json()["data"] == second.json()["data"]
+    counted = (await toys.client.get("/metrics")).text
+    assert 'itemvec_cache_items_total{model="toys@1",result="local"} 32.0' in counted
