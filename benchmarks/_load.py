@@ -5,6 +5,7 @@ that stalls, so what it sees of delays is too good. In `offer` request i is due 
 its latency counts from then, also while it waits for one of the connections (as in wrk2): no coordinated omission.
 """
 
+import contextlib
 import gc
 import os
 import re
@@ -101,16 +102,13 @@ def offer(target: Target, requests: Requests, connections: int, rate: float, sec
     """`rate` requests a second, evenly, over so many connections in turn. They stay open, and each had an answer
     before: what a server does for a connection that is new is not what is measured."""
     total = max(1, int(rate * seconds))
-    sockets = [socket.create_connection(("127.0.0.1", target.port)) for _ in range(connections)]
     gc.disable()  # a look for garbage among all bodies takes milliseconds, which would count as the server's
-    try:
-        for one in sockets:
-            _ask(target, requests, one)
-        return _offer(target, requests, sockets, rate, total)
-    finally:
-        gc.enable()
-        for one in sockets:
-            one.close()
+    with contextlib.ExitStack() as stack:
+        stack.callback(gc.enable)
+        callers = [stack.enter_context(Caller(target)) for _ in range(connections)]
+        for caller in callers:
+            caller.post(requests.take())
+        return _offer(target, requests, [caller.connection for caller in callers], rate, total)
 
 
 class Caller:
@@ -125,35 +123,25 @@ class Caller:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self.connection.close()
 
     def post(self, body: bytes) -> bytes | None:
         """The body of the answer; None if it is not 200."""
-        self._socket.sendall(_head(self._target, body) + body)
+        self.connection.sendall(_head(self._target, body) + body)
         answer = bytearray()
         while not _whole(answer):
-            received = self._socket.recv(1 << 20)
+            received = self.connection.recv(1 << 20)
             assert received, "the server closed the connection"
             answer += received
         head, _, rest = answer.partition(b"\r\n\r\n")
         if b"\r\nconnection: close" in head.lower():  # as HAProxy says once, when it has heard of a replica
-            self._socket.close()
+            self.connection.close()
             self._connect()
         return bytes(rest) if head.startswith(b"HTTP/1.1 200") else None
 
     def _connect(self) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", self._target.port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _ask(target: Target, requests: Requests, one: socket.socket) -> None:
-    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    body, answer = requests.take(), bytearray()
-    one.sendall(_head(target, body) + body)
-    while not _whole(answer):
-        received = one.recv(1 << 20)
-        assert received, "the server closed a connection"
-        answer += received
+        self.connection = socket.create_connection(("127.0.0.1", self._target.port))
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _offer(target: Target, requests: Requests, sockets: Sequence[socket.socket], rate: float, total: int) -> Waits:

@@ -65,7 +65,7 @@ def read_embeddings(body: bytes, schema: FeatureSchema, limits: Limits) -> Embed
     row = _row(body, schema, limits)
     model, encoding_format, size, _ = (row.column(name)[0].as_py() for name, _ in SETTINGS)
     items = row.column("input").combine_chunks()
-    if items.null_count or not 1 <= len(items.values) <= limits.items or items.values.null_count:
+    if not 1 <= len(items.values) <= limits.items or items.values.null_count:
         raise NotColumns
     if not (is_model_name(model) and is_format(encoding_format) and is_size(size)):
         raise NotColumns
@@ -87,8 +87,8 @@ def _row(body: bytes, schema: FeatureSchema, limits: Limits) -> pa.Table:
         raise NotColumns
     item = {schema.id: pa.string()} | {feature.name: _type(feature) for feature in schema.features}
     expected = pa.schema([("input", pa.list_(pa.struct(list(item.items())))), *SETTINGS])
-    parsing = pa.json.ParseOptions(expected, newlines_in_values=b"\n" in body, unexpected_field_behavior="error")
-    reading = pa.json.ReadOptions(use_threads=False, block_size=len(body) + 1)
+    parsing = pa.json.ParseOptions(expected, unexpected_field_behavior="error")
+    reading = pa.json.ReadOptions(use_threads=False, block_size=len(body) + 1)  # in one piece, line breaks and all
     try:
         table = pa.json.read_json(pa.BufferReader(body), reading, parsing)
         table.validate(full=True)  # text that is not UTF-8

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serving import DIM, TOY, Running, assert_problem, post
 
 from itemvec.errors import InvalidItem
-from itemvec.features import Batch, FeatureTransform
+from itemvec.features import Batch, Encoded, FeatureTransform
 from itemvec.schema import FeatureSchema
 from service import columns, requests
 from service.columns import NotColumns
@@ -60,6 +60,14 @@ def read(body: bytes) -> columns.EmbeddingsColumns:
 
 def arrays(batch: Batch) -> list[list[float]]:
     return [array.tolist() for array in (batch.dense, batch.indices, batch.weights, batch.lengths)]
+
+
+def assert_as_item_by_item(found: columns.EmbeddingsColumns, encoded: Encoded, body: bytes, limits: Limits) -> None:
+    wanted = requests.read_embeddings(body, limits)
+    assert (found.model, found.base64, found.dimensions) == (wanted.model, wanted.base64, wanted.dimensions)
+    by_item = TRANSFORM.transform(wanted.items)
+    assert arrays(encoded.batch) == arrays(by_item.batch)
+    assert encoded.statuses == by_item.statuses
 
 
 text = st.sampled_from(["Acme", "Drama", "Ann|Bob", " é", "e\u0301", "", "😀", "2020-01-01", "PG", "x" * 30, "x" * 31])
@@ -106,11 +114,7 @@ def test_what_is_read_as_columns_are_the_numbers_and_the_fields_of_the_items(fie
         encoded = TRANSFORM.transform_arrow(found.table)
     except (NotColumns, InvalidItem):
         return
-    wanted = requests.read_embeddings(body, LIMITS)
-    assert (found.model, found.base64, found.dimensions) == (wanted.model, wanted.base64, wanted.dimensions)
-    by_item = TRANSFORM.transform(wanted.items)
-    assert arrays(encoded.batch) == arrays(by_item.batch)
-    assert encoded.statuses == by_item.statuses
+    assert_as_item_by_item(found, encoded, body, LIMITS)
 
 
 @given(st.lists(plain, min_size=1, max_size=20), st.integers(1, 5), writers)
@@ -120,10 +124,7 @@ def test_items_with_values_of_the_right_types_are_read_as_columns_however_many(i
     if b"[null" in body.replace(b" ", b"").replace(b"\n", b""):  # as an item might be
         return
     found = columns.read_embeddings(body, TRANSFORM.schema, limits)
-    encoded = TRANSFORM.transform_arrow(found.table)
-    by_item = TRANSFORM.transform(requests.read_embeddings(body, limits).items)
-    assert arrays(encoded.batch) == arrays(by_item.batch)
-    assert encoded.statuses == by_item.statuses
+    assert_as_item_by_item(found, TRANSFORM.transform_arrow(found.table), body, limits)
 
 
 PIECES = ["{", "}", "[", "]", ",", ":", '"', "\\", "null", "NaN", "1", "-", "e", ".", " ", "\n", "\0", '"tt":"1",']
@@ -139,9 +140,7 @@ def test_a_damaged_body_is_read_as_columns_only_if_it_still_means_the_same(at, c
         encoded = TRANSFORM.transform_arrow(found.table)
     except (NotColumns, InvalidItem):
         return
-    wanted = requests.read_embeddings(body, LIMITS)
-    assert found.model == wanted.model
-    assert arrays(encoded.batch) == arrays(TRANSFORM.transform(wanted.items).batch)
+    assert_as_item_by_item(found, encoded, body, LIMITS)
 
 
 def test_items_as_the_schema_says_are_read_as_columns_with_all_that_they_may_lack():
