@@ -115,9 +115,10 @@ class Bench:
         return services.itemvec(name, self.out / name, str(self.registry), environment, **options)
 
 
-def train(registry: Path, schema: Path) -> None:
-    """Short: the quality of the encoder is not what is measured here."""
-    command = [sys.executable, "-m", "itemvec", "train", str(EXAMPLES / "movies.parquet"), "--epochs", "2", "--promote"]
+def train(registry: Path, schema: Path, epochs: int | None = 2) -> None:
+    """Short where the quality of the encoder is not what is measured; None is what it is by default."""
+    command = [sys.executable, "-m", "itemvec", "train", str(EXAMPLES / "movies.parquet"), "--promote"]
+    command += [] if epochs is None else ["--epochs", str(epochs)]
     subprocess.run([*command, "--schema", str(schema), "--registry", str(registry)], check=True)
 
 

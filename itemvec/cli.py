@@ -455,17 +455,19 @@ def embed(items: tuple[str, ...], table_url: str | None, ref: str | None, regist
 )
 @click.option("--override", metavar="JSON", help='The same item, but for these columns: \'{"genres": ["Comedy"]}\'.')
 @click.option("--ignore", multiple=True, metavar="COLUMN", help="A column that shall not count; may come again.")
+@click.option("--partial", is_flag=True, help="ITEM is a description: the columns that it lacks say nothing.")
 @click.option("--explain", is_flag=True, help="Show which columns contributed most to each score.")
 @service_options
 def similar(
     item: str, k: int, name: str | None, label: str | None, condition: str | None, override: str | None,
-    ignore: tuple[str, ...], explain: bool, url: str, key: str | None,
+    ignore: tuple[str, ...], partial: bool, explain: bool, url: str, key: str | None,
 ) -> None:  # fmt: skip
     """Print the items nearest to ITEM: the id of a stored item, or a JSON object of columns."""
     from itemvec.client import Client
 
     query: dict[str, Any] = {"item": _parsed(item)} if item.lstrip().startswith("{") else {"id": item}
     query |= {"k": k, "explain": explain, "ignore": list(ignore)}
+    query |= {"partial": True} if partial else {}
     query |= {"filter": _parsed(condition, "--filter")} if condition is not None else {}
     query |= {"override": _parsed(override, "--override")} if override is not None else {}
     with Client(url, key) as client:

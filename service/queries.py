@@ -33,7 +33,7 @@ NEGATIVE_SHARE: Final = 0.5
 a query between two near twins points away from both; at 0 the negative ones say nothing."""
 
 ONE: Final = ("id", "item", "embedding")
-FIELDS: Final = {*ONE, "positive", "negative", "k", "exclude", "filter", "override", "ignore", "explain"}
+FIELDS: Final = {*ONE, "positive", "negative", "k", "exclude", "filter", "override", "ignore", "explain", "partial"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class SimilarQuery:
     override: Item
     ignore: Sequence[str]
     explain: bool
+    partial: bool
+    """Does what the item lacks say nothing of it?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +117,11 @@ def _read(
         for i, left_out in enumerate(exclude):
             read_item_id(left_out, f"{pointer}/exclude/{i}", errors)
     examples = _examples(fields, pointer, limits, size, errors)
-    override, ignore, explain = _changes(fields, pointer, limits, size, errors)
+    override, ignore, explain, partial = _changes(fields, pointer, limits, size, errors)
     if errors:
         return InvalidRequest(errors)
-    return SimilarQuery(pointer, examples, k, frozenset(exclude), fields.get("filter"), override, ignore, explain)
+    where, excluded = fields.get("filter"), frozenset(exclude)
+    return SimilarQuery(pointer, examples, k, excluded, where, override, ignore, explain, partial)
 
 
 def _examples(
@@ -167,9 +170,10 @@ def _what(
 
 def _changes(
     fields: dict[str, Any], pointer: str, limits: Limits, size: int, errors: list[FieldError]
-) -> tuple[Item, list[str], bool]:
+) -> tuple[Item, list[str], bool, bool]:
     """What only a query by one item, stored or sent, can have: it has columns."""
-    override, ignore, explain = fields.get("override", {}), fields.get("ignore", []), fields.get("explain", False)
+    override, ignore = fields.get("override", {}), fields.get("ignore", [])
+    explain, partial = fields.get("explain", False), fields.get("partial", False)
     if "override" in fields:
         errors += item_errors(override, f"{pointer}/override", limits, size)
     if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
@@ -179,11 +183,12 @@ def _changes(
     elif isinstance(override, dict):
         both = [name for name in ignore if name in override]
         errors += [FieldError(f"{pointer}/override/{escaped(name)}", "is ignored too: say one") for name in both]
-    if not isinstance(explain, bool):
-        errors.append(expected(f"{pointer}/explain", "true or false", explain))
+    for name, value in (("explain", explain), ("partial", partial)):
+        if not isinstance(value, bool):
+            errors.append(expected(f"{pointer}/{name}", "true or false", value))
     if "id" not in fields and "item" not in fields:
-        for name in ("override", "ignore", "explain"):
+        for name in ("override", "ignore", "explain", "partial"):
             if fields.get(name):
                 detail = "needs a query by id or item: a vector has no columns"
                 errors.append(FieldError(f"{pointer}/{name}", detail))
-    return override, ignore, explain
+    return override, ignore, explain, partial

@@ -231,6 +231,11 @@ class SimilarQuery(_Request):
     override: Item | None = Field(None, description="The same item but for these columns; null takes a column away")
     ignore: list[str] = Field([], description="Columns of the item that shall not count")
     explain: bool = Field(False, description="Adds `contributions` to each neighbor; one encoding for each column")
+    partial: bool = Field(
+        False,
+        description="The item is a description: the columns that it lacks say nothing. Otherwise items that lack them, "
+        "too, are nearer",
+    )
 
 
 class SimilarRequest(SimilarQuery):
@@ -242,6 +247,7 @@ class SimilarRequest(SimilarQuery):
             "examples": [
                 {"id": "tt0133093", "k": 10, "exclude": ["tt0234215"]},
                 {"item": {"title": "A new film", "genres": ["Sci-Fi", "Action"], "release_year": 1999}, "k": 5},
+                {"item": {"title": "Star", "genres": ["Sci-Fi"]}, "partial": True, "k": 5},
                 {"positive": ["tt0133093", "tt0234215"], "negative": [{"genres": ["Horror"]}]},
                 {"id": "tt0133093", "override": {"genres": ["Comedy"]}, "ignore": ["title"], "explain": True, "k": 3},
                 {

@@ -4,7 +4,9 @@ A query's vector is the one of its only example, or, of several,
 
     q = mean of the positive vectors - NEGATIVE_SHARE x mean of the negative ones, brought to length 1
 
-`override` and `ignore` change the columns of the example before it is encoded. `explain` tells what each column of the
+`override` and `ignore` change the columns of the example before it is encoded. What a `partial` example lacks says
+nothing of it: otherwise a query of one column is near to whatever lacks the others, too. So half of the vector of an
+item without any column is taken away, as if that were a negative example. `explain` tells what each column of the
 query contributed to a neighbor's score, by occlusion (Zeiler and Fergus 2014): the score, minus the score of the same
 query with that column missing. The encoder was trained with missing columns, so it knows what to make of such an item.
 Contributions do not add up to the score, since columns overlap in what they say; a negative one says that the column
@@ -32,7 +34,7 @@ from service.index import Neighbor
 from service.measured import Measured
 from service.models import LoadedModels
 from service.problems import InvalidRequest, escaped
-from service.queries import Example, SimilarQuery
+from service.queries import NEGATIVE_SHARE, Example, SimilarQuery
 from service.requests import Item, Limits
 from service.store import Query, Store
 
@@ -63,7 +65,8 @@ class _Plan:
     @property
     def changed(self) -> bool:
         """Is the stored vector of the example not enough?"""
-        return bool(self.query.override or self.query.ignore or self.query.explain)
+        query = self.query
+        return bool(query.override or query.ignore or query.explain or query.partial)
 
 
 class Neighborhoods:
@@ -170,11 +173,12 @@ class Neighborhoods:
             rows = [(plan, i) for plan in plans for i in plan.items]
             items = [plan.items[i] for plan, i in rows]
             items += [_lacking(plan.items[0], name) for plan in plans for name in plan.explained]
+            items += [{}] if any(plan.query.partial for plan in plans) else []
             if len(plans) > 1 and len(items) > self._limits.items:
                 detail = f"ask for {len(items)} encodings together; a request takes up to {self._limits.items}"
                 raise InvalidRequest.at("/queries", detail)
             try:
-                explained = len(items) > len(rows)  # items that nobody asks for twice
+                explained = any(plan.explained for plan in plans)  # items that nobody asks for twice
                 encoding = await self._measured.encode(request, version, items, "", cached=not explained)
             except InvalidItem as invalid:
                 _blame(invalid, rows)
@@ -186,6 +190,9 @@ class Neighborhoods:
             for plan in plans:
                 plan.without = encoding.vectors[start : start + len(plan.explained)]
                 start += len(plan.explained)
+                if plan.query.partial:
+                    plan.vectors[0] = away_from(encoding.vectors[-1], plan.vectors[0])
+                    plan.without = away_from(encoding.vectors[-1], plan.without)
             return
 
     async def _search(
@@ -278,6 +285,13 @@ def _combined(plan: _Plan) -> Vector | None:
         return None
     combined: Vector = (total / length).astype(np.float32)
     return combined
+
+
+def away_from(empty: Vector, vectors: Vector) -> Vector:
+    """(dim,) or (n, dim), each of length 1 again: at least half of it is left."""
+    away = vectors - np.float32(NEGATIVE_SHARE) * empty
+    unit: Vector = away / np.linalg.norm(away, axis=-1, keepdims=True)
+    return unit
 
 
 def _left_out(plan: _Plan) -> frozenset[str]:

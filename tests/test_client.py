@@ -192,6 +192,9 @@ def test_the_command_filters_changes_ignores_and_explains(client: Client, url: s
     column, gained = next(iter(wanted[0]["contributions"].items()))
     assert f"{column} {gained:+.2f}" in why
     assert "why" not in shown
+    described = similar(url, '{"maker": "Ada"}', "--partial", "-k", "2")
+    wanted = client.similar({"item": {"maker": "Ada"}, "partial": True, "k": 2})["neighbors"]
+    assert [line.split()[0] for line in described.splitlines()[1:3]] == [f"{near['score']:.3f}" for near in wanted]
 
 
 @pytest.mark.parametrize("option", ["--filter", "--override"])

@@ -145,7 +145,7 @@ async def test_every_call_in_the_documentation_is_answered(tmp_path: Path, empty
     async with serving.running(tmp_path, empty_redis, model="movies") as films:
         for film in ("tt0133093", "tt0234215"):
             assert (await films.client.put(f"/v1/items/{film}", json={"genres": ["Sci-Fi"]})).status_code == 201
-        assert len(CALLS) == 7
+        assert len(CALLS) == 8
         for method, path, body in CALLS:
             answer = await films.client.request(method, path, json=orjson.loads(body))
             assert answer.is_success, (path, body, answer.text)

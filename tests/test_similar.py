@@ -93,6 +93,19 @@ async def test_an_override_tells_what_its_columns_were(loaded: Running) -> None:
     assert answer.json()["columns"] == {"maker": "oov"}
 
 
+async def test_of_a_partial_item_half_of_the_empty_one_is_taken_away(loaded: Running) -> None:
+    item = {"maker": "Ada"}
+    mine, empty = encoded(loaded, item, {})
+    away = mine - 0.5 * empty
+    wanted = nearest(loaded, away, 5, set())
+    assert wanted != nearest(loaded, mine, 5, set())
+    assert await neighbors(loaded, {"item": item, "partial": True, "k": 5}) == wanted
+    assert await neighbors(loaded, {"positive": [item], "negative": [{}], "k": 5}) == wanted
+    rest = [name for name in TOY if name != "maker"]
+    changed = {"id": "toy 3", "override": item, "ignore": rest, "partial": True, "k": 5}
+    assert await neighbors(loaded, changed) == nearest(loaded, away, 5, {"toy 3"})
+
+
 # Explanations
 
 
@@ -105,6 +118,18 @@ async def test_a_contribution_is_what_the_score_loses_without_the_column(loaded:
         gained = list(near["contributions"].values())
         assert gained == sorted(gained, reverse=True)
         assert set(near["contributions"]) == set(TOY)
+
+
+async def test_contributions_to_a_partial_item_are_those_to_its_own_score(loaded: Running) -> None:
+    item = {"maker": "Ada", "price": 7.0}
+    query = {"item": item, "partial": True, "explain": True, "k": 4}
+    body = (await post(loaded, "/v1/similar", query)).json()
+    whole, without, empty = encoded(loaded, item, {"maker": "Ada"}, {})
+    for near in body["neighbors"]:
+        [vector] = encoded(loaded, ITEMS[near["id"]])
+        scores = [(away / np.linalg.norm(away)) @ vector for away in (whole - 0.5 * empty, without - 0.5 * empty)]
+        assert near["score"] == pytest.approx(float(scores[0]), abs=1e-5)
+        assert near["contributions"]["price"] == pytest.approx(float(scores[0] - scores[1]), abs=1e-5)
 
 
 async def test_only_columns_with_a_value_are_explained(loaded: Running) -> None:
@@ -179,6 +204,8 @@ async def test_many_queries_are_answered_as_each_alone(loaded: Running) -> None:
         {"positive": ["toy 1", "toy 2"], "negative": ["toy 9"], "k": 4},
         {"id": "toy 5", "override": {"price": 30.0}, "ignore": ["tags"], "explain": True, "k": 2},
         {"id": "toy 7", "filter": {"eq": {"maker": "Ada"}}, "exclude": ["toy 8"]},
+        {"item": {"maker": "Ada", "price": 7.0}, "partial": True, "explain": True, "k": 3},
+        {"item": {"maker": "Ada"}, "partial": True, "k": 3},
     ]
     body = (await post(loaded, "/v1/similar", {"queries": queries, "model": "toys@1"})).json()
     assert (body["model"], body["fingerprint"]) == ("toys@1", loaded.models.champion().fingerprint)
@@ -245,6 +272,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "override and ignore of one column": (
         {"id": "toy 3", "override": {"maker": "Ada"}, "ignore": ["maker"]}, "/override/maker"
     ),
+    "partial of a vector": ({"embedding": [1.0] * DIM, "partial": True}, "/partial"),
+    "partial with examples": ({"positive": ["toy 3"], "partial": True}, "/partial"),
+    "partial not a boolean": ({"item": TOY, "partial": "yes"}, "/partial"),
     "explain not a boolean": ({"id": "toy 3", "explain": 1}, "/explain"),
     "queries beside an id": ({"id": "toy 3", "queries": [{"id": "toy 3"}]}, "/id"),
     "queries not a list": ({"queries": {"id": "toy 3"}}, "/queries"),
