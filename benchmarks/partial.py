@@ -21,8 +21,7 @@ from benchmarks.cache import EXAMPLES
 from benchmarks.serving import show, train
 from itemvec.registry import Registry
 from itemvec.version import ModelVersion
-from service.queries import NEGATIVE_SHARE
-from service.similar import away_from
+from service.similar import without_empty
 
 ASKED = (
     ["title"], ["genres"], ["directors"], ["cast"], ["title", "genres"], ["genres", "release_year"], ["genres", "cast"],
@@ -39,7 +38,7 @@ def compare(
     """One row for each way of asking for the films at the places `some`."""
     vectors = version.encode(films).vectors
     asked = version.encode([{name: films[i][name] for name in columns if films[i].get(name)} for i in some]).vectors
-    ways = {"item": asked, "partial": away_from(version.encode([{}]).vectors[0], asked)}
+    ways = {"item": asked, "partial": without_empty(asked, version.encode([{}]).vectors[0])}
     return [{"asked by": ", ".join(columns), "as": way} | judged(films, some, columns, queries @ vectors.T)
             for way, queries in ways.items()]  # fmt: skip
 
@@ -81,10 +80,7 @@ def main(out: Path, registry: Path | None, films: int) -> None:
     some = np.random.default_rng(0).choice(len(items), min(films, len(items)), replace=False)
     rows = [row for columns in ASKED for row in compare(version, items, some, columns)]
     settings = {"model": f"{version.ref} {version.fingerprint}", "films": len(some), "of": len(items), "k": K}
-    settings |= {
-        "share of the empty item's vector": NEGATIVE_SHARE,
-        "epochs": version.manifest.lineage.config["epochs"],
-    }
+    settings["epochs"] = version.manifest.lineage.config["epochs"]
     click.echo(json.dumps(settings))
     show("descriptions", rows)
     (out / "results.json").write_text(json.dumps(settings | {"descriptions": rows}, indent=1) + "\n")

@@ -5,12 +5,16 @@ A query's vector is the one of its only example, or, of several,
     q = mean of the positive vectors - NEGATIVE_SHARE x mean of the negative ones, brought to length 1
 
 `override` and `ignore` change the columns of the example before it is encoded. What a `partial` example lacks says
-nothing of it: otherwise a query of one column is near to whatever lacks the others, too. So half of the vector of an
-item without any column is taken away, as if that were a negative example. `explain` tells what each column of the
-query contributed to a neighbor's score, by occlusion (Zeiler and Fergus 2014): the score, minus the score of the same
-query with that column missing. The encoder was trained with missing columns, so it knows what to make of such an item.
-Contributions do not add up to the score, since columns overlap in what they say; a negative one says that the column
-speaks against this neighbor. The price is one encoding for each column of the query, and the neighbors' vectors.
+nothing of it: otherwise a query of one column is near to whatever lacks the others, too. So what its vector v has in
+common with e, the one of an item without any column, is taken out:
+
+    q = v - max(v . e, 0) e, brought to length 1
+
+`explain` tells what each column of the query contributed to a neighbor's score, by occlusion (Zeiler and Fergus 2014):
+the score, minus the score of the same query with that column missing. The encoder was trained with missing columns, so
+it knows what to make of such an item. Contributions do not add up to the score, since columns overlap in what they say;
+a negative one says that the column speaks against this neighbor. The price is one encoding for each column of the
+query, and the neighbors' vectors.
 
 However many queries a request has, they are encoded at once, and the store is asked four times at most; a lone query by
 the id of a stored item asks once.
@@ -34,7 +38,7 @@ from service.index import Neighbor
 from service.measured import Measured
 from service.models import LoadedModels
 from service.problems import InvalidRequest, escaped
-from service.queries import NEGATIVE_SHARE, Example, SimilarQuery
+from service.queries import Example, SimilarQuery
 from service.requests import Item, Limits
 from service.store import Query, Store
 
@@ -191,8 +195,8 @@ class Neighborhoods:
                 plan.without = encoding.vectors[start : start + len(plan.explained)]
                 start += len(plan.explained)
                 if plan.query.partial:
-                    plan.vectors[0] = away_from(encoding.vectors[-1], plan.vectors[0])
-                    plan.without = away_from(encoding.vectors[-1], plan.without)
+                    [plan.vectors[0]] = without_empty(plan.vectors[0][None], encoding.vectors[-1])
+                    plan.without = without_empty(plan.without, encoding.vectors[-1])
             return
 
     async def _search(
@@ -287,11 +291,13 @@ def _combined(plan: _Plan) -> Vector | None:
     return combined
 
 
-def away_from(empty: Vector, vectors: Vector) -> Vector:
-    """(dim,) or (n, dim), each of length 1 again: at least half of it is left."""
-    away = vectors - np.float32(NEGATIVE_SHARE) * empty
-    unit: Vector = away / np.linalg.norm(away, axis=-1, keepdims=True)
-    return unit
+def without_empty(vectors: Vector, empty: Vector) -> Vector:
+    """(n, dim), (dim,) -> (n, dim): unit vectors without what they have in common with the empty item; one that has
+    nothing else stays as it is."""
+    rest = vectors - np.maximum(vectors @ empty, 0)[:, None] * empty
+    lengths = np.linalg.norm(rest, axis=1, keepdims=True)
+    said: Vector = np.where(lengths < 1e-3, vectors, rest / np.maximum(lengths, 1e-3))  # less is rounding
+    return said
 
 
 def _left_out(plan: _Plan) -> frozenset[str]:

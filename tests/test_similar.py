@@ -7,6 +7,7 @@ import pytest
 from serving import DIM, ITEMS, TOY, Running, assert_problem, post
 
 from service.queries import NEGATIVE_SHARE
+from service.similar import without_empty
 
 pytestmark = pytest.mark.anyio
 
@@ -93,17 +94,28 @@ async def test_an_override_tells_what_its_columns_were(loaded: Running) -> None:
     assert answer.json()["columns"] == {"maker": "oov"}
 
 
-async def test_of_a_partial_item_half_of_the_empty_one_is_taken_away(loaded: Running) -> None:
+async def test_from_a_partial_item_is_taken_what_it_has_in_common_with_an_empty_one(loaded: Running) -> None:
     item = {"maker": "Ada"}
     mine, empty = encoded(loaded, item, {})
-    away = mine - 0.5 * empty
-    wanted = nearest(loaded, away, 5, set())
+    assert mine @ empty > 0.1
+    said = mine - (mine @ empty) * empty
+    wanted = nearest(loaded, said, 5, set())
     assert wanted != nearest(loaded, mine, 5, set())
     assert await neighbors(loaded, {"item": item, "partial": True, "k": 5}) == wanted
-    assert await neighbors(loaded, {"positive": [item], "negative": [{}], "k": 5}) == wanted
     rest = [name for name in TOY if name != "maker"]
     changed = {"id": "toy 3", "override": item, "ignore": rest, "partial": True, "k": 5}
-    assert await neighbors(loaded, changed) == nearest(loaded, away, 5, {"toy 3"})
+    assert await neighbors(loaded, changed) == nearest(loaded, said, 5, {"toy 3"})
+
+
+async def test_a_partial_item_without_any_column_is_the_empty_one(loaded: Running) -> None:
+    wanted = nearest(loaded, encoded(loaded, {})[0], 5, set())
+    assert await neighbors(loaded, {"item": {}, "partial": True, "k": 5}) == wanted
+
+
+def test_a_vector_that_points_away_from_the_empty_one_stays() -> None:
+    empty = np.array([1, 0], np.float32)
+    vectors = np.array([[0.6, 0.8], [-0.6, 0.8], [1, 0]], np.float32)
+    assert without_empty(vectors, empty).tolist() == [[0, 1], pytest.approx([-0.6, 0.8]), [1, 0]]
 
 
 # Explanations
@@ -127,7 +139,8 @@ async def test_contributions_to_a_partial_item_are_those_to_its_own_score(loaded
     whole, without, empty = encoded(loaded, item, {"maker": "Ada"}, {})
     for near in body["neighbors"]:
         [vector] = encoded(loaded, ITEMS[near["id"]])
-        scores = [(away / np.linalg.norm(away)) @ vector for away in (whole - 0.5 * empty, without - 0.5 * empty)]
+        said = [mine - max(mine @ empty, 0) * empty for mine in (whole, without)]
+        scores = [(mine / np.linalg.norm(mine)) @ vector for mine in said]
         assert near["score"] == pytest.approx(float(scores[0]), abs=1e-5)
         assert near["contributions"]["price"] == pytest.approx(float(scores[0] - scores[1]), abs=1e-5)
 
