@@ -114,16 +114,16 @@ def itemvec(
 
 @contextmanager
 def peer(
-    name: str, python: str, version: Path, folder: Path, encoder: str
+    name: str, python: str, version: Path, folder: Path, encoder: str, workers: int = 1
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """One of `benchmarks.peers` with an encoder of `benchmarks.peers.films.Encoder`, run by the interpreter `python`:
-    its port and its process."""
+    """One of `benchmarks.peers` with an encoder of `benchmarks.peers.films.Encoder` in each of its `workers`
+    processes, run by the interpreter `python`: its port and its process."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     # A home of its own, where BentoML and LitServe leave files; nothing is told to anybody.
     environment = {
-        "PYTHONPATH": paths, "HOME": str(folder), "ENCODER": encoder,
+        "PYTHONPATH": paths, "HOME": str(folder), "ENCODER": encoder, "WORKERS": str(workers),
         "BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1",
     }  # fmt: skip
     command = [python, "-m", f"benchmarks.peers.{name}", str(port), str(version)]

@@ -11,6 +11,8 @@ results.json, pictures of the first two sections and the servers' logs.
     load     bulk upserts over HTTP, and the store alone against Redis alone that takes the same writes
     growth   by items a request, replicas, the catalogue and the vocabulary: latency, throughput, memory
 
+Each has its default number of processes: of itemvec one a core, of each peer one, or as many as --workers says.
+
 All servers are up from the first measurement to the last, and while one has its turn the others stand still (SIGSTOP):
 what idle servers do, twenty processes and more, would be counted against whoever is measured.
 
@@ -59,6 +61,7 @@ from itemvec.schema import FeatureSchema
 from itemvec.signals import stop_signals
 from itemvec.version import Lineage, ModelVersion
 from service.arrow import STREAM
+from service.config import ServiceConfig
 from service.index import Mode, WantedMode
 from service.redis_server import EmbeddedRedis
 
@@ -74,7 +77,7 @@ BULK = 1024
 AWAKE = 1.0
 """Seconds that a server has to see that time went by while it stood still."""
 
-PEERS = {"plain": "FastAPI + uvicorn", "bento": "BentoML", "lit": "LitServe", "ray_serve": "Ray Serve, defaults"}
+PEERS = {"plain": "FastAPI + uvicorn", "bento": "BentoML", "lit": "LitServe", "ray_serve": "Ray Serve"}
 PLAIN = ", encoder of dicts and torch"
 """Behind the title of a peer that does not call `ModelVersion.encode` (`benchmarks.peers.films.Plain`)."""
 
@@ -90,8 +93,16 @@ class Bench:
     """What all sections need: the films, a registry with a trained encoder, and how long to measure."""
 
     def __init__(
-        self, out: Path, registry: Path, peer_python: str, quick: bool, rounds: int = 5, sizes: Sequence[int] = ()
+        self,
+        out: Path,
+        registry: Path,
+        peer_python: str,
+        quick: bool,
+        rounds: int = 5,
+        sizes: Sequence[int] = (),
+        workers: int = 1,
     ) -> None:
+        self.workers = workers
         self.out, self.registry, self.peer_python, self.quick, self.sizes = out, registry, peer_python, quick, sizes
         self.rounds, self.seconds = (1, 2.0) if quick else (rounds, 4.0)
         self.version = Registry(registry).load("movies@champion")
@@ -152,7 +163,8 @@ def all_up(bench: Bench, plain: bool) -> Iterator[dict[str, Server]]:
             title, folder = PEERS[name] + ending, bench.out / (f"{name}-plain" if ending else name)
             python = bench.peer_python if name in EXTRA else sys.executable
             try:
-                peer = services.peer(name, python, bench.folder, folder, "plain" if ending else "itemvec")
+                encoder = "plain" if ending else "itemvec"
+                peer = services.peer(name, python, bench.folder, folder, encoder, bench.workers)
                 port, process = stack.enter_context(peer)
             except (RuntimeError, OSError) as error:
                 click.echo(f"{title} is missing: {str(error).strip().splitlines()[-1]}", err=True)
@@ -437,6 +449,7 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
     found: Row = {
         "machine": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version(),
         "versions": {name: version_of(name) for name in packages}, "rounds": bench.rounds, "seconds": bench.seconds,
+        "processes of itemvec": ServiceConfig.read().number_of_replicas(), "of each peer": bench.workers,
         "model": f"{bench.version.ref} {bench.version.fingerprint}", "load average before": os.getloadavg(),
     }  # fmt: skip
     click.echo(json.dumps(found))
@@ -474,6 +487,7 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
     help="Of the film model that is trained where there is no registry.  [default: that of examples/]",
 )
 @click.option("--peer-python", default=sys.executable, help="The interpreter that has BentoML and LitServe.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes of each peer.")
 @click.option("--only", default=",".join(SECTIONS), show_default=True, help="Sections.")
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of which each figure is the median."
@@ -481,7 +495,15 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
 @click.option("--items", default="10000,100000,1000000", show_default=True, help="Sizes of the store in `similar`.")
 @click.option("--quick", is_flag=True, help="One short round: to see that it runs.")
 def main(
-    out: Path, registry: Path | None, schema: Path, peer_python: str, only: str, rounds: int, items: str, quick: bool
+    out: Path,
+    registry: Path | None,
+    schema: Path,
+    peer_python: str,
+    workers: int,
+    only: str,
+    rounds: int,
+    items: str,
+    quick: bool,
 ) -> None:
     needs_wrk()
     wanted = only.split(",")
@@ -496,7 +518,8 @@ def main(
         if not registry.exists():
             train(registry, schema)
     with stop_signals():  # whoever ends it, the servers end with it
-        run(Bench(out, registry.absolute(), peer_python, quick, rounds, [int(n) for n in items.split(",")]), wanted)
+        sizes = [int(n) for n in items.split(",")]
+        run(Bench(out, registry.absolute(), peer_python, quick, rounds, sizes, workers), wanted)
 
 
 if __name__ == "__main__":

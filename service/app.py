@@ -213,7 +213,7 @@ def application(config: ServiceConfig, sockets: Path | None = None) -> serve.App
     metrics_dir = config.metrics_dir or Path(tempfile.gettempdir(), f"itemvec-metrics-{uuid.uuid4().hex[:12]}")
     deployment = serve.deployment(
         name="Service",
-        num_replicas=config.replicas,
+        num_replicas=config.number_of_replicas(),
         # The application counts what is in flight and answers 429 itself; Serve's own limits lie beyond, so that
         # health checks and metrics get through when it is full.
         max_ongoing_requests=2 * config.max_in_flight,
@@ -240,4 +240,6 @@ def application(config: ServiceConfig, sockets: Path | None = None) -> serve.App
 
 def from_settings(settings: dict[str, str]) -> serve.Application:
     """For `serve run` and KubeRay's `import_path: service.app:from_settings`; the rest comes from the environment."""
-    return application(ServiceConfig.read(**settings))
+    config = ServiceConfig.read(**settings)
+    # What this process counts is not what the cluster has.
+    return application(config.model_copy(update={"replicas": config.replicas or 1}))

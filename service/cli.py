@@ -27,7 +27,11 @@ PORT = click.option(
 @click.option(
     "--model", help="Model that a request means which names none.  [env: ITEMVEC_MODEL; default: the only one]"
 )
-@click.option("--replicas", type=click.IntRange(1), help="Processes that answer.  [env: ITEMVEC_REPLICAS; default: 1]")
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    help="Processes that answer.  [env: ITEMVEC_REPLICAS; default: one a core, up to 4]",
+)
 @click.option("--redis-url", help="A Redis to use.  [env: REDIS_URL; default: an embedded server is started]")
 @click.option("--ray-address", help="A Ray cluster to join.  [env: ITEMVEC_RAY_ADDRESS; default: Ray starts here]")
 def serve(**given: Any) -> None:

@@ -1,6 +1,7 @@
 """Ray and the deployment on it. Import it when Ray's environment is set: see `runtime.serve_environment`."""
 
 import logging
+import math
 import os
 import re
 import threading
@@ -35,7 +36,7 @@ def connected(config: ServiceConfig, folder: Path) -> Iterator[None]:
         options = {
             "address": "local",
             # Logical: they bound what is scheduled, not what runs. Serve's own processes ask for none.
-            "num_cpus": max(os.cpu_count() or 1, config.replicas),
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(config.number_of_replicas() * config.replica_cpus)),
             "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,

@@ -6,6 +6,7 @@ Whoever starts the service reads them once, with `ServiceConfig.read`, and hands
 import ipaddress
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -25,6 +26,9 @@ from itemvec.errors import ConfigError
 
 SCOPES: Final = frozenset({"read", "write", "admin"})
 MIN_KEY_LENGTH: Final = 16
+UNASKED_REPLICAS: Final = 4
+"""As many at most where nobody says how many: whoever runs a large machine for this alone can say so."""
+
 NO_CHAMPION: Final = (
     "the registry {} has no champion to serve: run itemvec train, or name one with itemvec models promote"
 )
@@ -138,8 +142,9 @@ class ServiceConfig(BaseSettings):
 
     # Its processes
 
-    replicas: PositiveInt = 1
-    """Processes that answer. More than cores gains nothing."""
+    replicas: PositiveInt | None = None
+    """Processes that answer; more than cores gains nothing, and each takes 400 MB. None: one for each core that the
+    service may use, up to four; on a cluster, 1."""
 
     torch_threads: PositiveInt = 1
     """In a replica. The network is small: a second thread costs more in hand-over than it computes."""
@@ -203,9 +208,13 @@ class ServiceConfig(BaseSettings):
         self.read_keys()
         return self
 
+    def number_of_replicas(self) -> int:
+        """Those of all machines."""
+        return self.replicas or (min(cores(), UNASKED_REPLICAS) if self.ray_address is None else 1)
+
     def threads_of_a_replica(self) -> int:
         """Those that encode, on this machine."""
-        return self.encode_threads or max(1, min(2, cores() // self.replicas))
+        return self.encode_threads or max(1, min(2, cores() // self.number_of_replicas()))
 
     def read_keys(self) -> dict[str, frozenset[str]]:
         """Key -> scopes; empty where everything is open. Raises ValueError if the file is no such file."""
@@ -232,9 +241,19 @@ class ServiceConfig(BaseSettings):
         return keys
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def cores(control_groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Those that this process may use whole: by its affinity, and by the processor time that its control group
+    (version 2, as containers and systemd set it) and those around it are allowed; at least one."""
+    found = float(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    with suppress(OSError, StopIteration):
+        own = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
+        innermost = control_groups / own.strip("/")
+        for group in (innermost, *innermost.parents):
+            if group.is_relative_to(control_groups) and (group / "cpu.max").exists():
+                quota, period = (group / "cpu.max").read_text().split()
+                if quota != "max":
+                    found = min(found, int(quota) / int(period))
+    return max(1, int(found))
 
 
 def is_loopback(host: str) -> bool:

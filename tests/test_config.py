@@ -1,7 +1,9 @@
+import sys
+
 import pytest
 
 from itemvec.errors import ConfigError
-from service.config import ServiceConfig
+from service.config import ServiceConfig, cores
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,55 @@ def test_a_replica_with_a_core_to_spare_encodes_in_two_threads(monkeypatch):
     monkeypatch.setattr("service.config.cores", lambda: 4)
     assert [ServiceConfig.read(replicas=n).threads_of_a_replica() for n in (1, 2, 3, 8)] == [2, 2, 1, 1]
     assert ServiceConfig.read(replicas=8, encode_threads=3).threads_of_a_replica() == 3
+
+
+def test_there_are_as_many_replicas_as_cores_up_to_four_unless_it_is_said(monkeypatch):
+    monkeypatch.delenv("ITEMVEC_REPLICAS", raising=False)
+
+    def of_a_machine(count: int) -> tuple[int, int]:
+        monkeypatch.setattr("service.config.cores", lambda: count)
+        config = ServiceConfig.read()
+        return config.number_of_replicas(), config.threads_of_a_replica()
+
+    assert [of_a_machine(count) for count in (1, 2, 4, 6, 8, 64)] == [(1, 1), (2, 1), (4, 1), (4, 1), (4, 2), (4, 2)]
+    assert ServiceConfig.read(replicas=7).number_of_replicas() == 7
+    assert ServiceConfig.read(ray_address="auto", redis_url="redis://r").number_of_replicas() == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 6),
+        ({"pod/box": "max 100000"}, 6),
+        ({"pod/box": "250000 100000"}, 2),
+        ({"pod/box": "50000 100000"}, 1),
+        ({"pod": "300000 100000", "pod/box": "max 100000"}, 3),
+        ({"pod": "400000 100000", "pod/box": "200000 100000"}, 2),
+        ({"other": "100000 100000"}, 6),
+    ],
+)
+def test_cores_are_those_that_the_control_groups_allow(tmp_path, monkeypatch, limits, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    membership, groups = tmp_path / "membership", tmp_path / "groups"
+    membership.write_text("12:devices:/old\n0::/pod/box\n")
+    for group, limit in limits.items():
+        (groups / group).mkdir(parents=True, exist_ok=True)
+        (groups / group / "cpu.max").write_text(limit + "\n")
+    assert cores(groups, membership) == expected
+
+
+def test_a_container_finds_its_limit_at_the_root_that_it_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    (tmp_path / "membership").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert cores(tmp_path, tmp_path / "membership") == 1
+
+
+def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 4}, raising=False)
+    (tmp_path / "first").write_text("4:cpu:/box\n")
+    expected = 3 if sys.platform == "linux" else 6
+    assert cores(tmp_path, tmp_path / "first") == cores(tmp_path, tmp_path / "missing") == expected

@@ -5,10 +5,10 @@ import sys
 
 import bentoml
 
-from benchmarks.peers.films import Encoder, Film, arguments
+from benchmarks.peers.films import Encoder, Film, arguments, workers
 
 
-@bentoml.service(workers=1)
+@bentoml.service(workers=workers())
 class Films:
     def __init__(self) -> None:
         self._encoder = Encoder()

@@ -92,3 +92,8 @@ def arguments() -> int:
     """The port; leaves the folder in the environment."""
     port, os.environ["VERSION"] = sys.argv[1:3]
     return int(port)
+
+
+def workers() -> int:
+    """Processes that encode."""
+    return int(os.environ["WORKERS"])

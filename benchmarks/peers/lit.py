@@ -4,7 +4,7 @@ from typing import Any
 
 import litserve
 
-from benchmarks.peers.films import Encoder, Film, Films, arguments
+from benchmarks.peers.films import Encoder, Film, Films, arguments, workers
 
 
 class Embed(litserve.LitAPI):
@@ -24,5 +24,9 @@ class Embed(litserve.LitAPI):
 
 if __name__ == "__main__":
     port = arguments()
-    server = litserve.LitServer(Embed(max_batch_size=64, batch_timeout=0.001, api_path="/embed"), accelerator="cpu")
+    server = litserve.LitServer(
+        Embed(max_batch_size=64, batch_timeout=0.001, api_path="/embed"),
+        accelerator="cpu",
+        workers_per_device=workers(),
+    )
     server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False, pretty_logs=False)

@@ -3,7 +3,7 @@
 import uvicorn
 from fastapi import FastAPI
 
-from benchmarks.peers.films import Encoder, Films, arguments
+from benchmarks.peers.films import Encoder, Films, arguments, workers
 
 
 def make_app() -> FastAPI:
@@ -18,4 +18,7 @@ def make_app() -> FastAPI:
 
 if __name__ == "__main__":
     port = arguments()
-    uvicorn.run(make_app(), host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    app = f"{__spec__.name}:make_app"  # by its name: each worker makes its own
+    uvicorn.run(
+        app, factory=True, workers=workers(), host="127.0.0.1", port=port, log_level="warning", access_log=False
+    )

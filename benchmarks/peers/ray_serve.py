@@ -1,4 +1,4 @@
-"""Ray Serve with its defaults, and the plain application as its ingress."""
+"""Ray Serve with its defaults but for the number of replicas, and the plain application as its ingress."""
 
 import signal
 import tempfile
@@ -7,7 +7,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from benchmarks.peers.films import Encoder, Films, arguments
+from benchmarks.peers.films import Encoder, Films, arguments, workers
 
 app = FastAPI()
 
@@ -33,6 +33,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="peer-") as folder:
         ray.init(address="local", include_dashboard=False, num_gpus=0, object_store_memory=80 << 20, _temp_dir=folder)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(Embed.bind(os.environ["VERSION"]))
+        serve.run(Embed.options(num_replicas=workers()).bind(os.environ["VERSION"]))
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
         ray.shutdown()
