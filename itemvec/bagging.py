@@ -31,7 +31,7 @@ class Bagging:
         self._columns = [column for _, column in columns]
         self._names = [column.feature.name for column in self._columns]
         self._bases = np.array([base for base, _ in columns], np.int64)
-        self._shared = [column.shared for column in self._columns]
+        self._each = [(base, column, column.shared) for base, column in columns]
         self._ends = self._bases + [column.rows for column in self._columns]
         """Behind every row of a column: what stands in its empty places."""
         self._strange = np.zeros(sum(column.rows for column in self._columns), np.bool_)
@@ -43,20 +43,20 @@ class Bagging:
 
     def one_by_one(self, items: Sequence[Sequence[Any]], notes: Notes) -> Bags:
         """Of each item its columns' values."""
-        bags: list[list[int]] = []
+        rows: list[int] = []
         weights: list[float] = []
-        columns = [*zip(self._columns, self._shared, strict=True)]
+        lengths: list[int] = []
         for i, item in enumerate(items):
-            for value, (column, shared) in zip(item, columns, strict=True):
+            for value, (base, column, shared) in zip(item, self._each, strict=True):
                 bag = column.bag(value, i, notes)
                 if bag[0] < FIRST or bag[-1] >= shared:
                     notes.mark(column.feature.name, column.status(bag), i)
-                bags.append(bag)
-                weights.append(column.weight(bag))
-        lengths = np.array([len(bag) for bag in bags], np.int32)
-        indices = np.array([row for bag in bags for row in bag], np.int64)
-        indices += np.repeat(np.tile(self._bases, len(items)), lengths)
-        return indices, np.repeat(np.array(weights, np.float32), lengths), lengths.reshape(len(items), len(columns))
+                length = len(bag)
+                rows += [base + row for row in bag]
+                weights += [column.weight(bag)] * length
+                lengths.append(length)
+        by_item = np.array(lengths, np.int32).reshape(len(items), len(self._each))
+        return np.array(rows, np.int64), np.array(weights, np.float32), by_item
 
     def together(self, columns: Sequence[Sequence[Part]], n: int, notes: Notes) -> Bags:
         """Of each column the parts of n bags."""

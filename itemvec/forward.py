@@ -8,6 +8,7 @@ normalization takes out are taken out of the weights, and the mean embedding out
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +25,46 @@ FEW = 64
 """Bags, or items, that a few calls into numpy are through with before a call into torch has begun."""
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """torch's own begins ten times as slowly, and then is three times as fast."""
+AT: Final = np.float32(0.28)
+TAIL: Final = [np.float32(c) for c in (-0.215109895, 0.793980243, -0.497035958, 0.556364423, 0.127583151, 0.234217939)]
+"""The probability that a normal number lies beyond a >= 0 on either side is e^(-a^2 / 2) (c0 t^6 + ... + c5 t) with
+t = 1 / (1 + 0.28 a). The form is Hastings' (Abramowitz and Stegun 1964, 7.1.26); the numbers are fitted so that half
+of a times it is exact but for 4e-9."""
+
+
+def gelu(x: Floats) -> Floats:
+    """x times the probability that a normal number is below x, which is max(x, 0) - |x| times that of one above |x|. A
+    call into torch takes as long as ten into numpy."""
     if len(x) > FEW:
-        return functional.gelu(x)
-    above: Tensor = torch.special.erf(x * 2**-0.5).add_(1.0)
-    return above.mul_(x).mul_(0.5)
+        many: Floats = functional.gelu(torch.from_numpy(x)).numpy()
+        return many
+    size = np.abs(x)
+    t = size * AT
+    t += 1
+    np.reciprocal(t, t)
+    y = t * TAIL[0]
+    for c in TAIL[1:]:
+        y += c
+        y *= t
+    np.square(x, t)
+    t *= -0.5
+    y *= np.exp(t, t)
+    size *= 0.5
+    y *= size
+    few: Floats = np.subtract(np.maximum(x, 0), y, y)
+    return few
 
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": _gelu,
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
+def _by_torch(activation: Callable[[Tensor], Tensor]) -> Callable[[Floats], Floats]:
+    return lambda x: activation(torch.from_numpy(x)).numpy()
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Floats], Floats]] = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": gelu,
+    "silu": _by_torch(functional.silu),
+    "tanh": np.tanh,
+    "sigmoid": _by_torch(torch.sigmoid),
 }
 
 
@@ -94,7 +121,7 @@ class Forward:
         for narrow, wide in self._crosses:
             y = y + x * wide(y @ narrow)
         for layer in self._layers:
-            y = self._activation(torch.from_numpy(layer(y))).numpy()
+            y = self._activation(layer(y))
         z = self._out(y)
         if self._skip is not None:
             z += x @ self._skip

@@ -1,6 +1,5 @@
 """Notes: what was not plain about the columns of each item, and which values had the wrong type."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args, overload
@@ -65,14 +64,16 @@ class Statuses(Sequence[dict[str, Status]]):
 
     def tally(self) -> Mapping[tuple[str, Status], int]:
         """How often each column had each status."""
-        found = Counter((name, status) for _, name, status in self._single)
+        found: dict[tuple[str, Status], int] = {}
+        for _, name, status in self._single:
+            found[name, status] = found.get((name, status), 0) + 1
         if self._codes is not None:
             for code, word in enumerate(WORDS, 1):
                 for name, times in zip(
                     self._names, np.count_nonzero(self._codes == code, axis=0).tolist(), strict=True
                 ):
                     if times:
-                        found[name, word] += times
+                        found[name, word] = found.get((name, word), 0) + times
         return found
 
     def __len__(self) -> int:

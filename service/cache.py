@@ -88,10 +88,9 @@ class EncodeCache:
         tally["local"] = len(items) - tally["redis"] - tally["miss"]
         if self._metrics is not None:
             for result, count in tally.items():
-                if count:
-                    self._metrics.cache(version.ref, result, count)
+                self._metrics.cache(version.ref, result, count)
         entries = [entry for entry in found if entry is not None]
-        return Encoding(np.stack([entry.vector for entry in entries]), [entry.status for entry in entries]), waited
+        return Encoding(np.array([entry.vector for entry in entries]), [entry.status for entry in entries]), waited
 
     def _get(self, key: Key) -> Entry | None:
         entry = self._kept.get(key)
@@ -111,13 +110,14 @@ class EncodeCache:
         compute: Compute,
     ) -> float:
         """Reads from Redis or encodes the items `mine`, which no other request is at; fills them into `found`."""
-        futures: dict[Key, asyncio.Future[None]] = {keys[i]: asyncio.get_running_loop().create_future() for i in mine}
-        self._flying.update(futures)
+        flying = asyncio.get_running_loop().create_future()
+        here = dict.fromkeys([keys[i] for i in mine], flying)
+        self._flying |= here
         made: dict[Key, Entry] = {}
         waited = 0.0
         try:
             if self._mode == "redis":
-                made = await self._fetch(version, list(futures))
+                made = await self._fetch(version, list(here))
                 tally["redis"] += sum(keys[i] in made for i in mine)
             if unknown := [i for i in mine if keys[i] not in made]:
                 tally["miss"] += len(unknown)
@@ -127,9 +127,9 @@ class EncodeCache:
                 made |= new
                 self._send(new)
         finally:
-            for key, future in futures.items():
+            for key in here:
                 del self._flying[key]
-                future.set_result(None)
+            flying.set_result(None)
         for key, entry in made.items():
             self._kept[key] = entry
             if len(self._kept) > self._limit:

@@ -36,7 +36,7 @@ def listen(app: Any, host: str, port: int) -> "asyncio.Task[None]":
 async def listen_for_haproxy(app: Any, path: Path) -> "asyncio.Task[None]":
     """Answers on the Unix socket `path`, which is there when this returns, until the task is cancelled."""
     # HAProxy decides when an idle connection ends: one that ends as it sends a request is a request that fails.
-    server = _Server(_settings(app, uds=str(path), timeout_keep_alive=3600, http=_Buffered))
+    server = _Server(_settings(app, uds=str(path), timeout_keep_alive=3600))
     task = asyncio.get_running_loop().create_task(_answer(server))
     while not server.started and not task.done():  # noqa: ASYNC110 uvicorn has no event for it
         await asyncio.sleep(0.01)
@@ -44,7 +44,10 @@ async def listen_for_haproxy(app: Any, path: Path) -> "asyncio.Task[None]":
 
 
 def _settings(app: Any, **others: Any) -> uvicorn.Config:
-    return uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", server_header=False, **others)
+    return uvicorn.Config(
+        app, http=_AtOnce, ws="none", lifespan="off", proxy_headers=False, access_log=False, log_level="warning",
+        server_header=False, **others,
+    )  # fmt: skip
 
 
 async def _answer(server: uvicorn.Server, *listening: socket.socket) -> None:
@@ -61,9 +64,46 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-class _Buffered(HttpToolsProtocol):
-    """Takes `BUFFER` bytes of an answer at once."""
+class _AtOnce(HttpToolsProtocol):
+    """Gives an answer to the system at once: head and body together, and up to `BUFFER` bytes of them."""
+
+    transport: "Joining"  # type: ignore[assignment]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Joining(transport))  # type: ignore[arg-type]
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+
+    def on_response_complete(self) -> None:
+        self.transport.flush()  # a head without a body, to HEAD
+        super().on_response_complete()
+
+
+class Joining:
+    """A transport that keeps the head of an answer until the body comes.
+
+    uvicorn writes them one after the other. Each is then a call to the system and wakes who waits for the answer:
+    HAProxy, which passes on what it has, and then the caller.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._head = transport, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self.flush(data)
+        elif data.endswith(b"\r\n\r\n") and not data.startswith(b"HTTP/1.1 100 "):
+            self._head = data
+        else:
+            self._transport.write(data)
+
+    def flush(self, body: bytes = b"") -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head + body)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()

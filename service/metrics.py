@@ -6,10 +6,12 @@ snapshot of each node; where a node does not answer it is `Incomplete`, since a 
 Prometheus like counters that were reset.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -73,6 +75,8 @@ class Metrics:
                 f"{'not ' if directory else ''}set when Python started"
             )
         self._directory = directory
+        if directory is not None:
+            values.ValueClass = _values_of(os.getpid())
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "itemvec_requests_total",
@@ -143,6 +147,7 @@ class Metrics:
         self._of_answer: dict[tuple[str, int], Counter] = {}
         self._of_column: dict[tuple[str, str, str], Counter] = {}
         self._of_model: dict[str, tuple[Counter, Histogram]] = {}
+        self._of_result: dict[tuple[str, str], Counter] = {}
         self._served: dict[str, tuple[str, str, str]] = {}
 
     # What the parts of the service report. `operation` is "METHOD /path/{pattern}": a label has few values.
@@ -182,7 +187,9 @@ class Metrics:
 
     def cache(self, model: str, result: str, items: int) -> None:
         if items:
-            self._cached.labels(model, result).inc(items)
+            if (counter := self._of_result.get((model, result))) is None:
+                counter = self._of_result[model, result] = self._cached.labels(model, result)
+            counter.inc(items)
 
     def degraded(self, is_so: bool) -> None:
         self._degraded.set(int(is_so))
@@ -210,6 +217,13 @@ class Metrics:
 
     def render(self) -> bytes:
         return exposition([self.snapshot("")])
+
+
+@cache
+def _values_of(pid: int) -> type:
+    """Numbers of a process that does not fork: by default each change of one asks the system who it is."""
+    found: type = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
+    return found
 
 
 def node_snapshot(node: str, directory: Path, help_texts: Mapping[str, str] | None = None) -> Snapshot:

@@ -133,8 +133,8 @@ async def test_every_type_that_says_the_same_gives_the_same_vector(toys: Running
 async def test_a_stream_of_more_rows_than_are_encoded_at_once_keeps_its_order(toys: Running) -> None:
     table = pa.Table.from_pylist([{"price": 5.0 + i % 40} for i in range(10_000)])
     answer = vectors(received(await sent(toys, table)))
-    assert np.array_equal(answer[:40], answer[8000:8040])
-    assert not np.array_equal(answer[0], answer[1])
+    assert np.abs(answer[:40] - answer[8000:8040]).max() < 1e-6  # BLAS adds up in another order elsewhere in a matrix
+    assert np.abs(answer[0] - answer[1]).max() > 1e-3
     late = pa.table({"added": ["2014-01-01"] * 9999 + ["yesterday"]})
     assert_problem(await sent(toys, late), 422, "/input/9999/added")
 

@@ -56,6 +56,16 @@ def test_a_share_of_the_training_values_may_be_clipped_too():
     assert dense(column, 90)[0] == pytest.approx((90 - 50) / np.std(numbers))
 
 
+@pytest.mark.parametrize("bins", [0, 4])
+@pytest.mark.parametrize("scale", ["standard", "log", "quantile"])
+@given(value=st.none() | st.floats(-1, 12, width=32) | st.integers(-1, 12))
+def test_a_number_alone_becomes_what_it_becomes_among_others_to_the_bit(scale, bins, value):
+    column = fitted(f"kind: numeric, scale: {scale}, bins: {bins}", [0.0, 1.0, 2.5, 2.5, 4.0, 7.0, 10.0, None])
+    name = column.schema.features[0].name
+    [alone], [among, _] = (column.transform([{name: v} for v in vs]).batch.dense for vs in ([value], [value, 3.0]))
+    assert alone.tolist() == among.tolist()
+
+
 @pytest.mark.parametrize("value", [1e308, -1e308, float("inf"), 10**400 // 10**100, 0, Decimal("1e300")])
 @pytest.mark.parametrize("scale", ["standard", "log", "quantile"])
 def test_any_number_is_encoded_finitely(value, scale):

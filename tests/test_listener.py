@@ -7,7 +7,7 @@ import pytest
 from benchmarks._services import free_port
 from itemvec.errors import ConfigError
 from service.app import BehindServe
-from service.listener import listen, listen_for_haproxy
+from service.listener import Joining, listen, listen_for_haproxy
 
 pytestmark = pytest.mark.anyio
 
@@ -18,6 +18,59 @@ def answering(text):
         await send({"type": "http.response.body", "body": text})
 
     return app
+
+
+class Written:
+    """A transport that keeps what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def write(self, data):
+        self.calls.append(data)
+
+    def close(self):
+        self.calls.append("closed")
+
+
+def test_a_head_waits_for_the_body_and_nothing_else_waits():
+    transport = Written()
+    joining = Joining(transport)
+    joining.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert transport.calls == [b"HTTP/1.1 100 Continue\r\n\r\n"]
+    for part in (b"HTTP/1.1 200 OK\r\n\r\n", b"a body", b"the rest"):
+        joining.write(part)
+    assert transport.calls[1:] == [b"HTTP/1.1 200 OK\r\n\r\na body", b"the rest"]
+    joining.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+    joining.close()
+    assert transport.calls[3:] == [b"HTTP/1.1 204 No Content\r\n\r\n", "closed"]
+
+
+async def test_answers_with_a_body_and_without_come_one_after_the_other_on_one_connection(tmp_path):
+    async def app(scope, receive, send):
+        body = (await receive())["body"] if scope["method"] == "PUT" else b"ends in an empty line\r\n\r\n"
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    task = await listen_for_haproxy(app, tmp_path / "socket")
+    reader, writer = await asyncio.open_unix_connection(str(tmp_path / "socket"))
+    for method, sent, got in [
+        (b"HEAD", b"", b""),
+        (b"GET", b"", b"ends in an empty line\r\n\r\n"),
+        (b"PUT", b"taken", b"taken"),
+        (b"PUT", b"", b""),
+    ]:
+        told = b"content-length: %d\r\nexpect: 100-continue\r\n" % len(sent) if sent else b""
+        writer.write(method + b" / HTTP/1.1\r\nhost: here\r\n" + told + b"\r\n")
+        if sent:
+            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(sent)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n") and await reader.readexactly(len(got)) == got
+    writer.close()
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def test_several_listen_on_one_port_and_the_others_answer_when_one_ends():

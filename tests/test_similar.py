@@ -227,7 +227,7 @@ async def test_many_queries_are_answered_as_each_alone(loaded: Running) -> None:
         assert [n["id"] for n in result["neighbors"]] == [n["id"] for n in alone["neighbors"]]
         assert result.get("columns") == alone.get("columns")
         for ours, its in zip(result["neighbors"], alone["neighbors"], strict=True):
-            assert ours["score"] == pytest.approx(its["score"], abs=1e-6)
+            assert ours["score"] == pytest.approx(its["score"], abs=2e-6)  # both are rounded to six digits
             assert ours.get("contributions") == pytest.approx(its.get("contributions"), abs=1e-5)
 
 
