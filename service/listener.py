@@ -65,13 +65,15 @@ class _Server(uvicorn.Server):
 
 
 class _AtOnce(HttpToolsProtocol):
-    """Gives an answer to the system at once: head and body together, and up to `BUFFER` bytes of them."""
+    """Gives an answer to the system at once: head and body together, and to HAProxy up to `BUFFER` bytes of them."""
 
     transport: "Joining"  # type: ignore[assignment]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Joining(transport))  # type: ignore[arg-type]
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        own = transport.get_extra_info("socket")
+        if own.family == socket.AF_UNIX:  # of a TCP socket the system finds the best size itself
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
 
     def on_response_complete(self) -> None:
         self.transport.flush()  # a head without a body, to HEAD
