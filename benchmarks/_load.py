@@ -107,7 +107,9 @@ def offer(target: Target, requests: Requests, connections: int, rate: float, sec
         stack.callback(gc.enable)
         callers = [stack.enter_context(Caller(target)) for _ in range(connections)]
         for caller in callers:
-            caller.post(requests.take())
+            caller.send(requests.take())
+        for caller in callers:  # all asked before: a server closes a connection that waits for long for a slow one
+            caller.answer()
         return _offer(target, requests, [caller.connection for caller in callers], rate, total)
 
 
@@ -127,7 +129,13 @@ class Caller:
 
     def post(self, body: bytes) -> bytes | None:
         """The body of the answer; None if it is not 200."""
+        self.send(body)
+        return self.answer()
+
+    def send(self, body: bytes) -> None:
         self.connection.sendall(_head(self._target, body) + body)
+
+    def answer(self) -> bytes | None:
         answer = bytearray()
         while not _whole(answer):
             received = self.connection.recv(1 << 20)
@@ -159,9 +167,11 @@ def _offer(target: Target, requests: Requests, sockets: Sequence[socket.socket],
         pause = max(0.0, began + sent / rate - time.perf_counter()) if idle and sent < total else PATIENCE
         for one in select.select(list(due), [], [], pause)[0]:  # not epoll, whose shortest pause is 1 ms
             received = one.recv(1 << 20)
-            assert received, "the server closed a connection"
             buffers[one] += received
-            if _whole(buffers[one]):
+            if not received:  # closed by the server, and not opened again
+                refused += 1
+                waits.append(time.perf_counter() - due.pop(one))
+            elif _whole(buffers[one]):
                 refused += not buffers[one].startswith(b"HTTP/1.1 200")
                 buffers[one].clear()
                 waits.append(time.perf_counter() - due.pop(one))

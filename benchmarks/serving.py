@@ -8,7 +8,7 @@ results.json, pictures of the first two sections and the servers' logs.
              the peers; and the share of what encoding alone does in one process on one thread
     limit    the same of itemvec with no peer beside it
     similar  neighbors by id over HTTP against the bare FT.SEARCH, with a filter of 1 % and without; recall@10
-    load     bulk upserts over HTTP, and the store alone against Redis alone that takes the same writes
+    load     bulk upserts of new items over HTTP, and the store alone against Redis alone that takes the same writes
     growth   by items a request, replicas, the catalogue and the vocabulary: latency, throughput, memory
 
 Each has its default number of processes: of itemvec one a core, of each peer one, or as many as --workers says.
@@ -74,6 +74,9 @@ LOST = 1e3
 """Milliseconds at p99 with which a server does not keep up. It is not asked for more, nor is one that refuses some."""
 
 BULK = 1024
+NEW = 160
+"""Bodies of so many new items each: more than are taken while one round lasts."""
+
 AWAKE = 1.0
 """Seconds that a server has to see that time went by while it stood still."""
 
@@ -313,14 +316,42 @@ def load(bench: Bench) -> list[Row]:
         for found in (asyncio.run(store_alone.load(server.url, mode)) for mode in modes):
             rows.append({"way": f"store, {found['mode']}", "items/s": found["store"], "Redis alone": found["redis"]})
             rows[-1]["share"] = found["share"]
-    entries = [{**item, "id": item_id} for item, item_id in zip(bench.items, bench.ids, strict=True)]
-    starts = range(0, len(entries) - BULK + 1, BULK)
-    bodies = Requests([json.dumps({"items": entries[i : i + BULK]}).encode() for i in starts])
-    with bench.serve("load") as (port, _):
-        target = Target(port, "/v1/items")
-        flood(target, bodies, 2, 1.0)
-        rates = [flood(target, bodies, 2, bench.seconds) * BULK for _ in range(bench.rounds)]
-    return [*rows, {"way": "HTTP, encoded and stored (flat)", "items/s": statistics.median(rates)}]
+    for mode in modes:
+        with bench.serve(f"load-{mode}", {"ITEMVEC_INDEX": mode}) as (port, _):
+            for title, bodies, target in (
+                ("JSON", _json_items, Target(port, "/v1/items")),
+                ("Arrow", _arrow_items, Target(port, "/v1/items", STREAM.decode())),
+            ):
+                flood(target, bodies(bench, f"{title} warm", 4), 2, 1.0)
+                rates = [
+                    flood(target, bodies(bench, f"{title} {number}", NEW), 2, bench.seconds) * BULK
+                    for number in range(bench.rounds)
+                ]
+                way = f"HTTP, {title}, new items, encoded and stored, {mode}"
+                rows.append({"way": way, "items/s": statistics.median(rates)})
+    return rows
+
+
+def _json_items(bench: Bench, name: str, count: int) -> Requests:
+    def body(at: int, n: int) -> bytes:
+        items = [{**item, "id": f"{name} {n} {i}"} for i, item in enumerate(bench.items[at : at + BULK])]
+        return json.dumps({"items": items}).encode()
+
+    return _each_once(bench, body, count)
+
+
+def _arrow_items(bench: Bench, name: str, count: int) -> Requests:
+    def body(at: int, n: int) -> bytes:
+        ids = pa.array([f"{name} {n} {i}" for i in range(BULK)])
+        return _stream(bench.columns.slice(at, BULK).append_column("id", ids))
+
+    return _each_once(bench, body, count)
+
+
+def _each_once(bench: Bench, body: Callable[[int, int], bytes], count: int) -> Requests:
+    """So many bodies of films in turn, every time under other ids: an item that is there already costs less."""
+    starts = range(0, len(bench.items) - BULK + 1, BULK)
+    return Requests([body(starts[n % len(starts)], n) for n in range(count)])
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------

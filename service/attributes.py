@@ -112,8 +112,7 @@ def rank(feature: Ordinal, value: Any) -> float:
 def tag(feature: Feature, value: Any) -> str:
     if isinstance(feature, Ordinal):
         return f"t{rank(feature, value):g}"
-    label = canonical(value)
-    return "t" + _word(str(label).lower() if isinstance(label, bool) else str(label))
+    return _tag(value)
 
 
 @lru_cache(maxsize=4096)
@@ -122,21 +121,26 @@ def field_of(column: str) -> str:
 
 
 def _read(feature: Feature, value: Any) -> tuple[bool, str]:
-    """Is there a value, and what the index is to hold of it."""
+    """Is there a value, and what the index is to hold of it: nothing of one of a wrong type, which may come with a
+    vector that is made already."""
     if value is None or (isinstance(value, str) and canonical(value) is None):
         return False, ""
     match feature:
         case Multi():
             labels = value.split(feature.separator) if isinstance(value, str) else value
-            tags = {tag(feature, label) for label in labels if canonical(label) is not None}
+            if not isinstance(labels, list | tuple | set | frozenset):
+                return True, ""
+            tags = {_tag(label) for label in labels if type(label) is PYTHON_TYPES[feature.dtype]} - {""}
             return bool(tags), ",".join(sorted(tags))
         case Ordinal():  # a label out of the order is there, but nothing can ask for it
             return True, tag(feature, value) if _ranked(feature, value) is not None else ""
         case Nominal():
-            return True, tag(feature, value)
+            return True, _tag(value) if type(value) is PYTHON_TYPES[feature.dtype] else ""
         case Numeric() | Timestamp():
             try:
                 return True, repr(number(feature, value))
+            except TypeError:
+                return True, ""
             except (ValueError, OverflowError):
                 return False, ""  # not a number, which the network takes for missing too
         case _:
@@ -156,7 +160,15 @@ def _listed(feature: Ordinal) -> str:
     return shown + (", ..." if len(feature.order) > 10 else "")
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=65_536, typed=True)
+def _tag(label: Any) -> str:
+    """Empty for what is no label."""
+    found = canonical(label)
+    if found is None:
+        return ""
+    return "t" + _word(str(found).lower() if isinstance(found, bool) else str(found))
+
+
 def _word(text: str) -> str:
     """ASCII letters and digits as they are, any other byte as `_` and two hex digits: no two texts share a word.
 

@@ -297,7 +297,7 @@ class Edge:
             await self._answer(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._live(receive, send)
-        else:  # a websocket: accepting none, the handshake is refused with 403
+        else:  # a websocket, by Serve's own port: accepting none, the handshake is refused with 403
             await send({"type": "websocket.close", "code": 1000})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

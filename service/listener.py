@@ -16,6 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from itemvec.errors import ConfigError
 
+COPIED: Final = 65_536
+"""Bytes of a body up to which copying it behind its head costs less than a second call to the system."""
+
 BUFFER: Final = 1 << 20
 """Bytes of an answer that the system takes at once, or as many as it allows. By default Linux takes 208 kB, and the
 rest of a bulk answer waits until the event loop comes round again."""
@@ -45,7 +48,7 @@ async def listen_for_haproxy(app: Any, path: Path) -> "asyncio.Task[None]":
 
 def _settings(app: Any, **others: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=_AtOnce, ws="none", lifespan="off", proxy_headers=False, access_log=False, log_level="warning",
+        app, http=_AtOnce, ws="none", lifespan="off", proxy_headers=False, access_log=False, log_level="error",
         server_header=False, **others,
     )  # fmt: skip
 
@@ -96,14 +99,19 @@ class Joining:
     def write(self, data: bytes) -> None:
         if self._head:
             self.flush(data)
-        elif data.endswith(b"\r\n\r\n") and not data.startswith(b"HTTP/1.1 100 "):
+        elif data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n") and not data.startswith(b"HTTP/1.1 100 "):
             self._head = data
         else:
             self._transport.write(data)
 
     def flush(self, body: bytes = b"") -> None:
-        if self._head:
-            head, self._head = self._head, b""
+        head, self._head = self._head, b""
+        if not head or self._transport.is_closing():
+            return
+        if len(body) > COPIED:
+            self._transport.write(head)
+            self._transport.write(body)
+        else:
             self._transport.write(head + body)
 
     def close(self) -> None:

@@ -192,9 +192,10 @@ def read_entries(items: list[Any], ids: list[Any], limits: Limits, size: int) ->
     """`ids` is parallel to `items`, which hold everything else."""
     entries: list[Entry | RefusedEntry] = []
     last = {item_id: i for i, item_id in enumerate(ids) if isinstance(item_id, str)}
+    all_within = bool(items) and _within(items, limits)
     for i, (item, given) in enumerate(zip(items, ids, strict=True)):
         pointer, item_id, raw = f"/items/{i}", None, b""
-        errors = item_errors(item, pointer, limits, size)
+        errors = [] if all_within else item_errors(item, pointer, limits, size)
         if isinstance(item, dict):
             if given is ABSENT:
                 errors.append(FieldError(f"{pointer}/id", "is missing: every item needs its id"))

@@ -117,7 +117,7 @@ async def test_a_request_whose_twin_was_cancelled_or_failed_encodes_by_itself(
 ) -> None:
     kept, one = EncodeCache(store, "local", 100), Encoder(versions[0])
     one.gate.clear()
-    twin = asyncio.create_task(kept.encode(one.version, [TOY], "", one))
+    twin = asyncio.create_task(kept.encode(one.version, [{**TOY, "price": 1.0}, TOY], "", one))
     await asyncio.sleep(0)
     waiting = asyncio.create_task(kept.encode(one.version, [TOY], "", one))
     await asyncio.sleep(0)

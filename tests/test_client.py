@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +173,21 @@ def test_vectors_of_another_version_or_of_other_items_are_refused_in_one_line(
         vectors = pa.table({"sku": ["a"], "embedding": [wrong]}, metadata={"fingerprint": model["fingerprint"]})
         with pytest.raises(ServiceProblem, match=r"422 /items/(0/)?embedding"):
             client.put(vectors, "toys")
+
+
+def test_values_of_wrong_types_beside_their_vectors_are_stored_and_found_by_no_filter(client: Client) -> None:
+    fingerprint = client.call("GET", "/v1/models/toys")["fingerprint"]
+    wrong: dict[str, list[Any]] = {"maker": [["Ada"]], "tags": [7], "price": ["much"], "added": [[1]]}
+    vector = [[0.0] * 7 + [1.0]]
+    table = pa.table({"sku": ["odd"], **wrong, "embedding": vector}, metadata={"fingerprint": fingerprint})
+    assert [one["status"] for one in client.put(table, "toys")["items"]] == ["created"]
+    near = {"embedding": vector[0], "k": 1}
+    for column in wrong:
+        found = client.call("POST", "/v1/similar", {**near, "filter": {"exists": column}})["neighbors"]
+        assert found[0]["id"] == "odd"
+    for value in ({"eq": {"maker": "Ada"}}, {"range": {"price": {"gt": -1e9}}}):
+        assert client.call("POST", "/v1/similar", {**near, "filter": value})["neighbors"][0]["id"] != "odd"
+    client.call("DELETE", "/v1/items/odd")
 
 
 def similar(url: str, *args: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks._services import free_port
 from itemvec.errors import ConfigError
 from service.app import BehindServe
-from service.listener import Joining, listen, listen_for_haproxy
+from service.listener import COPIED, Joining, listen, listen_for_haproxy
 
 pytestmark = pytest.mark.anyio
 
@@ -29,6 +29,9 @@ class Written:
     def write(self, data):
         self.calls.append(data)
 
+    def is_closing(self):
+        return "closed" in self.calls
+
     def close(self):
         self.calls.append("closed")
 
@@ -38,12 +41,18 @@ def test_a_head_waits_for_the_body_and_nothing_else_waits():
     joining = Joining(transport)
     joining.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert transport.calls == [b"HTTP/1.1 100 Continue\r\n\r\n"]
-    for part in (b"HTTP/1.1 200 OK\r\n\r\n", b"a body", b"the rest"):
+    for part in (b"HTTP/1.1 200 OK\r\n\r\n", b"a body", b"more\r\n\r\n"):
         joining.write(part)
-    assert transport.calls[1:] == [b"HTTP/1.1 200 OK\r\n\r\na body", b"the rest"]
+    assert transport.calls[1:] == [b"HTTP/1.1 200 OK\r\n\r\na body", b"more\r\n\r\n"]
+    joining.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    joining.write(bytes(COPIED + 1))
+    assert transport.calls[3:] == [b"HTTP/1.1 200 OK\r\n\r\n", bytes(COPIED + 1)]
     joining.write(b"HTTP/1.1 204 No Content\r\n\r\n")
     joining.close()
-    assert transport.calls[3:] == [b"HTTP/1.1 204 No Content\r\n\r\n", "closed"]
+    assert transport.calls[5:] == [b"HTTP/1.1 204 No Content\r\n\r\n", "closed"]
+    joining.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    joining.write(b"for nobody")
+    assert transport.calls[6:] == ["closed"]
 
 
 async def test_answers_with_a_body_and_without_come_one_after_the_other_on_one_connection(tmp_path):

@@ -95,6 +95,19 @@ async def test_limits_are_named(toys: Running) -> None:
     assert "up to 4096" in assert_problem(answer, 422, "/input/0/tags")["detail"]
 
 
+async def test_of_many_items_those_beyond_a_limit_are_refused_and_the_others_stored(toys: Running) -> None:
+    limits = {
+        "long": {"name": "x" * 65_537},
+        "broad": {"tags": ["red"] * 4097},
+        "long label": {"tags": ["red", "x" * 65_537]},
+    }
+    items = [{"id": "good", **TOY}, *({"id": item_id, **item} for item_id, item in limits.items())]
+    stored = (await post(toys, "/v1/items", {"items": items})).json()["items"]
+    assert [one["status"] for one in stored] == ["created", "refused", "refused", "refused"]
+    pointers = [one["problem"]["errors"][0]["pointer"] for one in stored[1:]]
+    assert pointers == ["/items/1/name", "/items/2/tags", "/items/3/tags/1"]
+
+
 NOT_NUMBERS = base64.b64encode(np.full(DIM, np.nan, "<f4").tobytes()).decode()
 SIMILAR: dict[str, tuple[bytes | dict[str, Any], int, str | None]] = {
     "k = 0": ({"id": "toy 3", "k": 0}, 422, "/k"),
