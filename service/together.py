@@ -1,6 +1,6 @@
 """Together: small requests that arrive at the same time are encoded in one call.
 
-A call into the network costs some hundred microseconds however few items it has. Nobody waits for company, there is no
+A call into the network costs tens of microseconds however few items it has. Nobody waits for company, there is no
 timer: what the event loop has read from its sockets is encoded, and while that runs the next requests arrive. So a lone
 request is encoded alone, and the busier the service is, the more it encodes at once.
 """
