@@ -34,7 +34,7 @@ of a times it is exact but for 4e-9."""
 
 def gelu(x: Floats) -> Floats:
     """x times the probability that a normal number is below x, which is max(x, 0) - |x| times that of one above |x|. A
-    call into torch takes as long as ten into numpy."""
+    call into torch takes as long as several into numpy."""
     if len(x) > FEW:
         many: Floats = functional.gelu(torch.from_numpy(x)).numpy()
         return many

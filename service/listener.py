@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from itemvec.errors import ConfigError
 
 COPIED: Final = 65_536
-"""Bytes of a body up to which copying it behind its head costs less than a second call to the system."""
+"""Bytes of a body up to which it is copied behind its head; a larger one is sent after it, as it is."""
 
 BUFFER: Final = 1 << 20
 """Bytes of an answer that the system takes at once, or as many as it allows. By default Linux takes 208 kB, and the
