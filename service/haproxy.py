@@ -45,6 +45,10 @@ KEEP: Final = "pool-purge-delay 1h"
 """Connections to a replica that a moment of many requests has opened. By default they are closed within seconds, and
 the next such moment waits for new ones."""
 
+SPINS: Final = ["option", "splice-request"]
+"""With `abortonclose` HAProxy 2.8 turns round and round at 100 % of a core when a caller leaves whose body was larger
+than a buffer, and does not tell the replica: not before the answer that nobody waits for is there."""
+
 SERVER: Final = re.compile(r"(\s+server \S+-(\w+)) (\S+):(\d+) check\b(?!.* backup)")
 """A replica, whose name ends with its id; Serve's own proxy, the last resort, is the backup."""
 
@@ -92,7 +96,7 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
                 continue
         words = line.split()
         # Each request would otherwise be a datagram to whoever listens on the syslog port.
-        if section in DROPPED or words[:1] == ["log"] or words[:2] == ["option", "httplog"]:
+        if section in DROPPED or words[:1] == ["log"] or words[:2] in (["option", "httplog"], SPINS):
             continue
         replica = SERVER.match(line)
         if section == NOBODY and words[:2] == ["http-request", "return"]:

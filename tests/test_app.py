@@ -1,14 +1,16 @@
 """The deployment on real Ray Serve. What the application answers is in test_api.py, which needs no Ray."""
 
 import itertools
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,21 @@ def test_a_promotion_reaches_every_replica_and_fails_no_request(real_service: Re
         assert client.get(job).json()["state"] == "succeeded", client.get(job).text
         assert set(meanwhile.result()) <= {"toys@1", "toys@2"}
     assert set(embed(real_service, 80)) == {"toys@2"}
+
+
+def test_the_work_of_callers_that_have_left_is_dropped(real_service: RealService):
+    gone = 'itemvec_rejected_requests_total{reason="client_gone"}'
+    before = real_service.metric(gone)
+    body = json.dumps({"input": [{**serving.TOY, "unknown": "x" * 500}] * 4096}).encode()  # of several buffers
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with ExitStack() as stack:
+        callers = [stack.enter_context(socket.create_connection(("127.0.0.1", real_service.port))) for _ in range(12)]
+        for caller in callers:
+            caller.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert caller.recv(65_536).startswith(b"HTTP/1.1 200")
+        for caller in callers:
+            caller.sendall(head % len(body) + body)
+    eventually(lambda: real_service.metric(gone) >= before + 6)
 
 
 SWITCHES = (2, 1, 3, 2, 3, 1)
