@@ -137,7 +137,7 @@ def compare(catalogue: Catalogue, target: Target, count: int, filtered: bool) ->
 async def _fill(url: str, version: ModelVersion, matrix: Vectors, mode: WantedMode) -> Index:
     columns, items = attributes.filterable(version.schema), len(matrix)
     labels = [{COLUMN: str(label)} for label in range(LABELS)]
-    raws, fields = [orjson.dumps(item) for item in labels], [attributes.fields(columns, item) for item in labels]
+    raws, fields = [orjson.dumps(item) for item in labels], attributes.fields(columns, labels)
     name, fingerprint = version.name, version.fingerprint
     async with Store(url, bulk_timeout=60.0) as store:
         indexed = attributes.index_fields(version.schema)

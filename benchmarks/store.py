@@ -94,7 +94,7 @@ async def load(url: str, mode: Mode) -> dict[str, Any]:
 async def fill(store: Store, matrix: Vectors) -> None:
     """Each item has a label, one of a hundred, that a filter can ask for: it has nothing to do with the vector."""
     columns = attributes.filterable(SCHEMA)
-    fields = [attributes.fields(columns, {"label": str(label)}) for label in range(LABELS)]
+    fields = attributes.fields(columns, [{"label": str(label)} for label in range(LABELS)])
     await store.indexes.ensure("m", "aa", DIM, fields=attributes.index_fields(SCHEMA))
     for start in range(0, len(matrix), BATCH):
         some = range(start, min(start + BATCH, len(matrix)))

@@ -5,6 +5,7 @@ from binascii import b2a_base64
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache, partial
+from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
@@ -323,47 +324,52 @@ class Api:
         item_id = requests.read_path_id(request.params[0])
         entry = requests.read_item(await request.body(), item_id, self._limits)
         version = self._champion(request)
-        [stored] = await self._upsert(request, version, [entry])
+        stored = await self._upsert(request, version, [entry])
         if stored.errors:
-            raise InvalidItem(requests.moved(stored.errors, "/0", ""))
-        status = "created" if stored.created else "updated"
-        answer = {"id": item_id, "status": status, "columns": stored.columns}
-        return _of(version, answer, 201 if stored.created else 200)
+            raise InvalidItem(requests.moved(stored.errors[0], "/0", ""))
+        [is_new], [columns] = stored.created, stored.statuses[:]
+        answer = {"id": item_id, "status": "created" if is_new else "updated", "columns": columns}
+        return _of(version, answer, 201 if is_new else 200)
 
     async def put_items(self, request: Request) -> Answer:
         """Encodes and stores items; each is taken or refused by itself, and the good ones are kept."""
-        body, vectors = await request.body(JSON, arrow.STREAM), None
+        body, encoding = await request.body(JSON, arrow.STREAM), None
         if request.media_type == arrow.STREAM:
-            table = arrow.read_table(body, self._limits, "/items")
             version = self._champion(request)
-            vectors, table = arrow.ready_vectors(table, version.schema, version.fingerprint, version.dim)
-            ids, columns = arrow.without_ids(table, version.schema)
-            if ids is None:
-                raise InvalidRequest.at("/items/id", f"is missing: send a column id, or {version.schema.id!r}")
-            entries = requests.read_entries(arrow.items_of(columns), ids.to_pylist(), self._limits, len(body))
+            entries, table, vectors = await self._models.aside(len(body), self._read_stream, body, version)
+            if vectors is not None:
+                encoding = Encoding(vectors, [{}] * len(vectors))
+            elif all(isinstance(entry, Entry) for entry in entries):
+                encoding = await self._encode_columns(request, version, table)
         else:
-            wanted = requests.read_bulk(body, self._limits)
+            wanted = await self._models.aside(len(body), requests.read_bulk, body, self._limits)
             version, entries = self._champion(request, wanted.model), wanted.entries
-        answers: list[dict[str, Any]] = []
+        places = [i for i, entry in enumerate(entries) if isinstance(entry, Entry)]
         good = [entry for entry in entries if isinstance(entry, Entry)]
-        if vectors is not None:
-            vectors = vectors[[isinstance(entry, Entry) for entry in entries]]
-        stored = iter(await self._upsert(request, version, good, vectors) if good else ())
-        for i, entry in enumerate(entries):
-            if isinstance(entry, RefusedEntry):
-                answers.append(_refused(entry.id, InvalidRequest(entry.errors), request))
-                continue
-            outcome = next(stored)
-            if outcome.errors:
-                # Its place among the good ones becomes its place in the request.
-                errors = [FieldError(f"/items/{i}/" + e.pointer.split("/", 2)[2], e.detail) for e in outcome.errors]
-                answers.append(_refused(entry.id, InvalidItem(errors), request))
-            else:
-                status = "created" if outcome.created else "updated"
-                answers.append({"id": entry.id, "status": status, "columns": outcome.columns})
+        stored = await self._upsert(request, version, good, encoding) if good else Upserted([], [], {})
+        refused: dict[int, ItemvecError] = {
+            i: InvalidRequest(entry.errors) for i, entry in enumerate(entries) if isinstance(entry, RefusedEntry)
+        }
+        for row, errors in stored.errors.items():
+            # Its place among the good ones becomes its place in the request.
+            at = f"/items/{places[row]}/"
+            refused[places[row]] = InvalidItem(FieldError(at + e.pointer.split("/", 2)[2], e.detail) for e in errors)
+        created, statuses = iter(stored.created), stored.statuses
+        answers: list[dict[str, Any]] = [
+            _refused(entry.id, refused[i], request)
+            if i in refused
+            else {"id": entry.id, "status": "created" if next(created) else "updated"}
+            for i, entry in enumerate(entries)
+        ]
+        if refused:
+            each = iter(stored.statuses[:])
+            statuses = [{} if i in refused else next(each) for i in range(len(entries))]
         if request.wants(arrow.STREAM):
             metadata = {"model": version.ref, "fingerprint": version.fingerprint}
-            return Answer(arrow.outcomes(answers, metadata), content_type=arrow.STREAM)
+            return Answer(arrow.outcomes(answers, statuses, metadata), content_type=arrow.STREAM)
+        for i, (answer, marks) in enumerate(zip(answers, statuses[:], strict=True)):
+            if i not in refused:
+                answer["columns"] = marks
         counts = Counter(answer["status"] for answer in answers)
         totals = {status: counts[status] for status in ("created", "updated", "refused")}
         return _of(version, {"items": answers, **totals})
@@ -435,18 +441,42 @@ class Api:
         request.model = version.ref
         return version
 
+    def _read_stream(
+        self, body: bytes, version: ModelVersion
+    ) -> tuple[list[Entry | RefusedEntry], pa.Table, Vectors | None]:
+        """Its items, their columns, and the vectors of those that are taken, if they are ready."""
+        table = arrow.read_table(body, self._limits, "/items")
+        vectors, table = arrow.ready_vectors(table, version.schema, version.fingerprint, version.dim)
+        ids, table = arrow.without_ids(table, version.schema)
+        if ids is None:
+            raise InvalidRequest.at("/items/id", f"is missing: send a column id, or {version.schema.id!r}")
+        entries = requests.read_entries(arrow.items_of(table), ids.to_pylist(), self._limits, len(body))
+        if vectors is not None:
+            vectors = vectors[[isinstance(entry, Entry) for entry in entries]]
+        return entries, table, vectors
+
+    async def _encode_columns(self, request: Request, version: ModelVersion, table: pa.Table) -> Encoding | None:
+        """None where a value has a wrong type: item by item it is found out which are good."""
+        began = perf_counter()
+        try:
+            return (await self._models.encode_table(version, table))[0]
+        except InvalidItem:
+            return None
+        finally:
+            request.took("encode", began)
+
     async def _upsert(
-        self, request: Request, version: ModelVersion, entries: Sequence[Entry], vectors: Vectors | None = None
-    ) -> list[Upserted]:
+        self, request: Request, version: ModelVersion, entries: Sequence[Entry], encoding: Encoding | None = None
+    ) -> Upserted:
         def took(part: str, since: float) -> None:
             if part == "store":
                 self._measured.took(request, "put", since)
             else:
                 request.took(part, since)
 
-        ids, items, raws = [e.id for e in entries], [e.item for e in entries], [e.raw for e in entries]
-        stored = await self._writer.upsert(version, ids, items, raws, took, vectors)
-        self._metrics.columns(version.ref, [one.columns for one in stored])
+        ids, items, raws = zip(*entries, strict=True)
+        stored = await self._writer.upsert(version, ids, items, raws, took, encoding)
+        self._metrics.columns(version.ref, stored.statuses)
         return stored
 
 

@@ -125,14 +125,16 @@ def embeddings(
     return _stream(pa.table(columns if ids is None else {"id": ids, **columns}), metadata)
 
 
-def outcomes(entries: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) -> bytes:
+def outcomes(
+    entries: Sequence[Mapping[str, Any]], statuses: Sequence[Mapping[str, Status]], metadata: Mapping[str, str]
+) -> bytes:
     """What became of each item: id, status, columns (a map), errors (pointer and detail; null where it was taken)."""
     problems = [entry.get("problem") for entry in entries]
     table = pa.table(
         {
             "id": pa.array([entry["id"] for entry in entries], pa.string()),
             "status": pa.array([entry["status"] for entry in entries], pa.string()),
-            "columns": _map([entry.get("columns") or {} for entry in entries]),
+            "columns": _map(statuses),
             "errors": pa.array([None if p is None else p["errors"] for p in problems], ERRORS),
         }
     )

@@ -7,8 +7,8 @@ the columns that are there. Other kinds of columns, such as text, can only be as
 
 import math
 import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any, Final, Literal
 
@@ -43,23 +43,26 @@ def index_fields(schema: FeatureSchema) -> dict[str, Kind]:
     return {field_of(name): kind_of(feature) for name, feature in filterable(schema).items()}
 
 
-def fields(columns: Mapping[str, Feature], item: Mapping[str, Any]) -> dict[str, str]:
-    """The fields of an item that its schema takes.
+def fields(columns: Mapping[str, Feature], items: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The fields of each item, which its schema takes.
 
     >>> columns = {"genres": Multi(name="genres"), "year": Numeric(name="year"), "cast": Multi(name="cast")}
-    >>> fields(columns, {"genres": ["Film Noir", "Drama"], "year": 1941, "cast": []})
-    {'f_genres': 'tDrama,tFilm_20Noir', 'f_year': '1941.0', 'has': 'f_genres,f_year'}
+    >>> fields(columns, [{"genres": ["Film Noir", "Drama"], "year": 1941, "cast": []}])
+    [{'f_genres': 'tDrama,tFilm_20Noir', 'f_year': '1941.0', 'has': 'f_genres,f_year'}]
     """
-    found: dict[str, str] = {}
-    has = []
+    found: list[dict[str, str]] = [{} for _ in items]
+    has: list[list[str]] = [[] for _ in items]
     for name, feature in columns.items():
-        present, text = _read(feature, item.get(name))
-        if present:
-            has.append(field_of(name))
-            if text:
-                found[field_of(name)] = text
-    if has:
-        found[HAS] = ",".join(has)
+        field, read = field_of(name), _reader(feature)
+        for own, there, item in zip(found, has, items, strict=True):
+            value = item.get(name)
+            if value is not None and (text := read(value)) is not None:
+                there.append(field)
+                if text:
+                    own[field] = text
+    for own, there in zip(found, has, strict=True):
+        if there:
+            own[HAS] = ",".join(there)
     return found
 
 
@@ -88,14 +91,15 @@ def check(feature: Feature, operation: Operation, value: Any = None) -> str | No
 
 def number(feature: Feature, value: Any) -> float:
     """Raises TypeError, ValueError or OverflowError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError(f"{value!r} is no number")
-    if isinstance(feature, Timestamp):
-        read = unix_seconds(value)
-    elif isinstance(value, str):
-        raise TypeError(f"{value!r} is no number")
-    else:
+    read: float | None
+    if type(value) is float or type(value) is int:
         read = float(value)
+    elif isinstance(value, str) and isinstance(feature, Timestamp):
+        read = unix_seconds(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        read = float(value)
+    else:
+        raise TypeError(f"{value!r} is no number")
     if read is None or not math.isfinite(read):
         raise ValueError(f"{value!r} is no finite number")
     return read
@@ -120,31 +124,59 @@ def field_of(column: str) -> str:
     return "f_" + _word(column)
 
 
-def _read(feature: Feature, value: Any) -> tuple[bool, str]:
-    """Is there a value, and what the index is to hold of it: nothing of one of a wrong type, which may come with a
-    vector that is made already."""
-    if value is None or (isinstance(value, str) and canonical(value) is None):
-        return False, ""
+def _reader(feature: Feature) -> Callable[[Any], str | None]:
+    """What gives the text that the index is to hold of a value, and None where there is none. The text is empty where
+    there is a value but of a wrong type, which may come with a vector that is made already."""
     match feature:
         case Multi():
-            labels = value.split(feature.separator) if isinstance(value, str) else value
-            if not isinstance(labels, list | tuple | set | frozenset):
-                return True, ""
-            tags = {_tag(label) for label in labels if type(label) is PYTHON_TYPES[feature.dtype]} - {""}
-            return bool(tags), ",".join(sorted(tags))
+            return partial(_tags, PYTHON_TYPES[feature.dtype], feature.separator)
         case Ordinal():  # a label out of the order is there, but nothing can ask for it
-            return True, tag(feature, value) if _ranked(feature, value) is not None else ""
+            return lambda value: (
+                None if _is_blank(value) else "" if _ranked(feature, value) is None else tag(feature, value)
+            )
         case Nominal():
-            return True, _tag(value) if type(value) is PYTHON_TYPES[feature.dtype] else ""
+            kind: type = PYTHON_TYPES[feature.dtype]
+            return lambda value: (_tag(value) if type(value) is kind else "") or (None if _is_blank(value) else "")
         case Numeric() | Timestamp():
-            try:
-                return True, repr(number(feature, value))
-            except TypeError:
-                return True, ""
-            except (ValueError, OverflowError):
-                return False, ""  # not a number, which the network takes for missing too
+            return partial(_number_text, feature)
         case _:
-            return bool(value), ""
+            return lambda value: "" if value and not _is_blank(value) else None
+
+
+def _tags(kind: type, separator: str | None, value: Any) -> str | None:
+    if isinstance(value, str):
+        if _is_blank(value):
+            return None
+        value = value.split(separator)
+    elif not isinstance(value, list | tuple | set | frozenset):
+        return ""
+    labels = tuple(value)
+    if set(map(type, labels)) == {kind} == {str} and sum(map(len, labels)) <= MAX_TAG:
+        return _kept_tags(labels)
+    return _made_tags(tuple(label for label in labels if type(label) is kind))
+
+
+def _made_tags(labels: tuple[Any, ...]) -> str | None:
+    return ",".join(sorted({*map(_tag, labels)} - {""})) or None
+
+
+_kept_tags = lru_cache(maxsize=16_384)(_made_tags)
+"""Of few and short labels: the same ones come together again and again. For strings alone: True equals 1."""
+
+
+def _number_text(feature: Feature, value: Any) -> str | None:
+    if _is_blank(value):
+        return None
+    try:
+        return repr(number(feature, value))
+    except TypeError:
+        return ""
+    except (ValueError, OverflowError):
+        return None  # not a number, which the network takes for missing too
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and canonical(value) is None
 
 
 def _ranked(feature: Ordinal, value: Any) -> int | None:
@@ -160,13 +192,20 @@ def _listed(feature: Ordinal) -> str:
     return shown + (", ..." if len(feature.order) > 10 else "")
 
 
-@lru_cache(maxsize=65_536, typed=True)
 def _tag(label: Any) -> str:
     """Empty for what is no label."""
+    return _made_tag(label) if isinstance(label, str) and len(label) > MAX_TAG else _kept_tag(label)
+
+
+def _made_tag(label: Any) -> str:
     found = canonical(label)
     if found is None:
         return ""
     return "t" + _word(str(found).lower() if isinstance(found, bool) else str(found))
+
+
+_kept_tag = lru_cache(maxsize=65_536, typed=True)(_made_tag)
+"""Of short ones: long texts would fill the memory."""
 
 
 def _word(text: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from itemvec.errors import FieldError, InvalidItem, ModelNotFound, StoreUnavailable, VersionCorrupt, VersionNotFound
 from itemvec.features import Status
-from itemvec.version import ModelVersion
+from itemvec.version import Encoding, ModelVersion
 from service import attributes
 from service.index import NoIndex
 from service.models import LoadedModels
@@ -27,7 +28,7 @@ Item = Mapping[str, Any]
 class Fitting:
     """Those of some items that a version can encode."""
 
-    rows: list[int]
+    rows: Sequence[int]
     vectors: npt.NDArray[np.float32]
     """(len(rows), dim)"""
 
@@ -40,17 +41,18 @@ class Fitting:
 
 @dataclass(frozen=True, slots=True)
 class Upserted:
-    """What became of one item: stored, or refused for its errors."""
+    """What became of some items. In the order of those that are stored: is it new, and its columns that were not plain.
+    Of the others, by their row, why they were refused."""
 
-    created: bool
-    columns: Mapping[str, Status]
-    errors: Sequence[FieldError] = ()
+    created: Sequence[bool]
+    statuses: Sequence[dict[str, Status]]
+    errors: Mapping[int, Sequence[FieldError]]
 
 
 async def encode_fitting(models: LoadedModels, version: ModelVersion, items: Sequence[Item]) -> Fitting:
     try:
         encoding, _ = await models.encode(version, items, cached=False)
-        return Fitting(list(range(len(items))), encoding.vectors, encoding.statuses, {})
+        return Fitting(range(len(items)), encoding.vectors, encoding.statuses, {})
     except InvalidItem as invalid:
         errors: dict[int, list[FieldError]] = {}
         for error in invalid.errors:
@@ -62,13 +64,15 @@ async def encode_fitting(models: LoadedModels, version: ModelVersion, items: Seq
     return Fitting(rows, encoding.vectors, encoding.statuses, errors)
 
 
-def encoded(version: ModelVersion, items: Sequence[Item], fitting: Fitting) -> Encoded:
+async def encoded(models: LoadedModels, version: ModelVersion, items: Sequence[Item], fitting: Fitting) -> Encoded:
     """For the store: the vectors with what queries can filter by. Items that the version refuses get no vector."""
     rows = fitting.rows if fitting.errors else None
     columns = attributes.filterable(version.schema)
     if not columns:
         return Encoded(fitting.vectors, rows)
-    return Encoded(fitting.vectors, rows, [attributes.fields(columns, items[i]) for i in fitting.rows])
+    some = items if rows is None else [items[i] for i in rows]
+    fields, _, _ = await models.compute(len(some), partial(attributes.fields, columns, some))
+    return Encoded(fitting.vectors, rows, fields)
 
 
 class ItemWriter:
@@ -84,35 +88,30 @@ class ItemWriter:
         items: Sequence[Item],
         raws: Sequence[bytes],
         took: Callable[[str, float], None],
-        vectors: npt.NDArray[np.float32] | None = None,
-    ) -> list[Upserted]:
-        """Stores the items that `version` can encode; the answer is parallel to `ids`.
+        encoding: Encoding | None = None,
+    ) -> Upserted:
+        """Stores the items that `version` can encode.
 
-        `took(part, since)` is told when the parts "encode" and "store" began, as each one ends. `vectors` (n, dim) are
-        those that `version` made of the items before.
+        `took(part, since)` is told when the parts "encode" and "store" began, as each one ends. `encoding` is what
+        `version` made of the items before.
         """
         began = perf_counter()
-        if vectors is None:
+        if encoding is None:
             fitting = await encode_fitting(self._models, version, items)
         else:
-            fitting = Fitting(list(range(len(items))), vectors, [{} for _ in items], {})
+            fitting = Fitting(range(len(items)), encoding.vectors, encoding.statuses, {})
         took("encode", began)
-        outcome = [Upserted(False, {}, fitting.errors.get(i, ())) for i in range(len(items))]
+        created: list[bool] = []
         if fitting.rows:
             began = perf_counter()
+            if fitting.errors:
+                ids, items = [ids[i] for i in fitting.rows], [items[i] for i in fitting.rows]
+                raws = [raws[i] for i in fitting.rows]
             try:
-                created = await self._put(
-                    version,
-                    [ids[i] for i in fitting.rows],
-                    [items[i] for i in fitting.rows],
-                    [raws[i] for i in fitting.rows],
-                    fitting.vectors,
-                )
+                created = await self._put(version, ids, items, raws, fitting.vectors)
             finally:
                 took("store", began)
-            for row, is_new, columns in zip(fitting.rows, created, fitting.statuses, strict=True):
-                outcome[row] = Upserted(is_new, columns)
-        return outcome
+        return Upserted(created, fitting.statuses, fitting.errors)
 
     async def _put(
         self,
@@ -147,8 +146,8 @@ class ItemWriter:
         made = {}
         for fingerprint, ref in live.items():
             if fingerprint == version.fingerprint:
-                fitting = Fitting(list(range(len(items))), vectors, [], {})
-                made[fingerprint] = encoded(await self._loaded(ref) or version, items, fitting)
+                fitting = Fitting(range(len(items)), vectors, [], {})
+                made[fingerprint] = await encoded(self._models, await self._loaded(ref) or version, items, fitting)
             elif (other := await self._encoded(name, fingerprint, ref, items)) is not None:
                 made[fingerprint] = other
         written = await self._store.put(name, ids, raws, made)
@@ -170,7 +169,7 @@ class ItemWriter:
             log.warning("%s cannot be loaded any more: it is not searched, and writes leave it out", ref)
             await self._store.unmark_live(name, fingerprint)
             return None
-        return encoded(version, items, await encode_fitting(self._models, version, items))
+        return await encoded(self._models, version, items, await encode_fitting(self._models, version, items))
 
     async def _loaded(self, ref: str) -> ModelVersion | None:
         """None where it is gone or damaged."""

@@ -13,8 +13,10 @@ from hashlib import sha1
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import hiredis
 from redis import exceptions as errors
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
@@ -159,6 +161,8 @@ class Link:
                 "maint_notifications_config": MaintNotificationsConfig(enabled=False),
             }
             client = Redis.from_url(self._url, socket_timeout=None, socket_connect_timeout=None, **settings)
+            pool = client.connection_pool
+            pool.connection_class = _packing(pool.connection_class)  # type: ignore[arg-type]
             if urlsplit(self._url).scheme != "unix":
                 try:
                     info = await client.execute_command("INFO", "cluster")  # type: ignore[no-untyped-call]
@@ -222,6 +226,21 @@ class Link:
         if isinstance(error, _PASSING) or text.startswith(("MISCONF", "NOREPLICAS", "BUSY")):
             return StoreUnavailable(f"Redis at {self.address}: {text}", retry_after=5.0)
         return None
+
+
+@cache
+def _packing(connection: type[AbstractConnection]) -> type[AbstractConnection]:
+    """Such connections that write commands by hiredis, as redis-py's blocking clients do, and not step by step in
+    Python, which takes 10 us of an item that is stored instead of 2."""
+
+    class Packing(connection):  # type: ignore[misc, valid-type]
+        def pack_command(self, *command: Any) -> list[bytes]:
+            return [hiredis.pack_command(command)]
+
+        def pack_commands(self, commands: Sequence[Command]) -> list[bytes]:
+            return [hiredis.pack_command(tuple(command)) for command in commands]
+
+    return Packing
 
 
 def _shortened(commands: Sequence[Command]) -> Sequence[Command]:

@@ -238,6 +238,8 @@ class LoadedModels:
                 self._metrics.encoded(version.ref, len(part), seconds)
             parts.append(encoding)
             waited += queued
+        if len(parts) == 1:
+            return parts[0], waited
         statuses = [status for part in parts for status in part.statuses]
         return Encoding(np.concatenate([part.vectors for part in parts]), statuses), waited
 

@@ -322,7 +322,8 @@ class Promotions:
             items = [orjson.loads(item.raw) for item in batch]
             fitting = await encode_fitting(self._models, version, items)
             ids, revs = [item.id for item in batch], [item.rev for item in batch]
-            await self._store.add_vectors(job.name, version.fingerprint, ids, revs, encoded(version, items, fitting))
+            vectors = await encoded(self._models, version, items, fitting)
+            await self._store.add_vectors(job.name, version.fingerprint, ids, revs, vectors)
             job.done += len(batch)
             job.refused += len(fitting.errors)
             for row, errors in fitting.errors.items():

@@ -12,7 +12,7 @@ from base64 import b64decode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -67,8 +67,7 @@ class BulkRequest:
     model: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     id: str
     item: Item
     raw: bytes
@@ -192,18 +191,20 @@ def read_entries(items: list[Any], ids: list[Any], limits: Limits, size: int) ->
     """`ids` is parallel to `items`, which hold everything else."""
     entries: list[Entry | RefusedEntry] = []
     last = {item_id: i for i, item_id in enumerate(ids) if isinstance(item_id, str)}
-    all_within = bool(items) and _within(items, limits)
+    # Each character takes a byte and each entry of a list two: so short a text holds nothing beyond these limits.
+    short = min(limits.string, 2 * limits.labels)
     for i, (item, given) in enumerate(zip(items, ids, strict=True)):
-        pointer, item_id, raw = f"/items/{i}", None, b""
-        errors = [] if all_within else item_errors(item, pointer, limits, size)
-        if isinstance(item, dict):
-            if given is ABSENT:
-                errors.append(FieldError(f"{pointer}/id", "is missing: every item needs its id"))
-            else:
-                item_id = read_item_id(given, f"{pointer}/id", errors)
-            raw = _raw(item, pointer, errors)
-        if isinstance(given, str) and last[given] != i:
-            errors.append(FieldError(f"{pointer}/id", f"comes again at /items/{last[given]}, which is kept"))
+        errors: list[FieldError] = []
+        pointer, item_id = f"/items/{i}", None
+        raw = _raw(item, pointer, errors) if type(item) is dict else b""
+        if not 0 < len(raw) < short or len(item) > MAX_COLUMNS:
+            errors = item_errors(item, pointer, limits, size) + errors
+        if given is ABSENT:
+            errors.append(FieldError(f"{pointer}/id", "is missing: every item needs its id"))
+        elif type(item) is dict:
+            item_id = read_item_id(given, f"{pointer}/id", errors)
+            if item_id is not None and last[item_id] != i:
+                errors.append(FieldError(f"{pointer}/id", f"comes again at /items/{last[item_id]}, which is kept"))
         if errors or item_id is None:
             entries.append(RefusedEntry(item_id, errors))
         else:

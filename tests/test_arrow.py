@@ -183,6 +183,14 @@ async def test_a_wrong_row_is_refused_alone(toys: Running) -> None:
     assert pointers == ["/items/0/id", "/items/1/added", "/items/2/id", None]
 
 
+async def test_a_date_where_a_label_belongs_is_stored_as_its_text(toys: Running) -> None:
+    table = pa.table({"id": ["a"], "maker": pa.array([16_071], pa.date32())})
+    answer = received(await sent(toys, table, "/v1/items"))
+    assert answer["status"].to_pylist() == ["created"]
+    assert dict(answer["columns"].to_pylist()[0])["maker"] == "oov"
+    assert (await toys.client.get("/v1/items/a")).json()["item"] == {"maker": "2014-01-01"}
+
+
 async def test_items_without_ids_are_refused_as_a_whole(toys: Running) -> None:
     assert_problem(await sent(toys, pa.Table.from_pylist([TOY]), "/v1/items"), 422, "/items/id")
 

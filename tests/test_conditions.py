@@ -114,7 +114,7 @@ async def films(request: pytest.FixtureRequest, empty_redis: str) -> AsyncIterat
         await store.mark_live("films", "aa", "films@1")
         assert (await store.indexes.status("films", "aa")).mode == mode
         columns = attributes.filterable(SCHEMA)
-        encoded = Encoded(vectors, attributes=[attributes.fields(columns, item) for item in ITEMS])
+        encoded = Encoded(vectors, attributes=attributes.fields(columns, ITEMS))
         await store.put("films", [str(i) for i in range(len(ITEMS))], [b"{}"] * len(ITEMS), {"aa": encoded})
         yield store, vectors
 
@@ -138,7 +138,7 @@ async def test_what_an_item_lost_no_longer_passes(films: Any) -> None:
     store, vectors = films
     columns = attributes.filterable(SCHEMA)
     changed = {**ITEMS[6], "genre": None, "minutes, total": None, "tags": "green"}
-    encoded = Encoded(vectors[6:7], attributes=[attributes.fields(columns, changed)])
+    encoded = Encoded(vectors[6:7], attributes=attributes.fields(columns, [changed]))
     await store.put("films", ["6"], [b"{}"], {"aa": encoded})
     for condition, passes in (
         (Exists("genre"), False),
@@ -164,7 +164,7 @@ async def test_recall_stays_with_a_filter_that_few_pass(empty_redis: str) -> Non
     vectors = dice.standard_normal((5000, 32)).astype(np.float32)
     vectors[:50] += 3.0
     columns = attributes.filterable(schema)
-    rare = [attributes.fields(columns, {"c": "rare" if i < 50 else "common"}) for i in range(5000)]
+    rare = attributes.fields(columns, [{"c": "rare" if i < 50 else "common"} for i in range(5000)])
     async with Store(empty_redis, timeout=5.0, index="hnsw") as store:
         await store.indexes.ensure("m", "aa", 32, fields=attributes.index_fields(schema))
         await store.put("m", [str(i) for i in range(5000)], [b"{}"] * 5000, {"aa": Encoded(vectors, attributes=rare)})

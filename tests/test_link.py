@@ -11,9 +11,13 @@ import clock
 import numpy as np
 import pytest
 import redis
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.asyncio.connection import Connection
 from storing import go_live, kill, restart, rows, turned
 
 from itemvec.errors import StoreUnavailable
+from service.link import _packing
 from service.redis_server import EmbeddedRedis
 from service.store import Neighbor, Store
 
@@ -154,6 +158,15 @@ async def test_a_full_redis_refuses_a_write_whole(store: Store, raw_redis: redis
     finally:
         raw_redis.config_set("maxmemory", 0)
     assert await store.count("movies") == 1
+
+
+@given(st.lists(st.lists(st.binary() | st.text() | st.integers() | st.floats(), min_size=1), max_size=5))
+async def test_commands_are_written_as_redis_py_writes_them(commands: list[list[object]]) -> None:
+    named = [("SET", *command) for command in commands]
+    theirs, ours = Connection(), _packing(Connection)()
+    assert b"".join(ours.pack_commands(named)) == b"".join(theirs.pack_commands(named))
+    for command in named:
+        assert b"".join(ours.pack_command(*command)) == b"".join(theirs.pack_command(*command))
 
 
 async def test_no_error_tells_the_password() -> None:
