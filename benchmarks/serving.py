@@ -3,12 +3,14 @@ results.json, pictures of the first two sections and the servers' logs.
 
     encode   one item a request at 1, 16 and 64 connections: itemvec, and the same trained encoder behind FastAPI and
              uvicorn, BentoML, LitServe and Ray Serve's defaults; all are up and take turns, medians of rounds
+    tails    p50 and p99 of itemvec and the FastAPI application alone, in many short turns: rounds of one and the same
+             server differ more than servers do
     rates    how p50 and p99 grow with the rate of such requests, at 64 connections
     bulk     1,024 items a request, over two connections, also with the encoder as one writes it in an afternoon behind
              the peers; and the share of what encoding alone does in one process on one thread
     limit    the same of itemvec with no peer beside it
     similar  neighbors by id over HTTP against the bare FT.SEARCH, with a filter of 1 % and without; recall@10
-    load     bulk upserts of new items over HTTP, and the store alone against Redis alone that takes the same writes
+    load     bulk upserts of new films over HTTP and by the store alone, against Redis alone that takes the same writes
     growth   by items a request, replicas, the catalogue and the vocabulary: latency, throughput, memory
 
 Each has its default number of processes: of itemvec one a core, of each peer one, or as many as --workers says.
@@ -23,7 +25,6 @@ The peers' packages are in benchmarks/requirements.txt, for an environment with 
 A peer that does not start is named, and the others go on.
 """
 
-import asyncio
 import contextlib
 import json
 import os
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
 from itertools import product
@@ -50,7 +51,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import _neighbors as neighbors
 from benchmarks import _services as services
-from benchmarks import store as store_alone
+from benchmarks import _writes as writes
 from benchmarks._load import Caller, Requests, Target, Waits, flood, needs_wrk, offer
 from benchmarks._neighbors import Catalogue
 from benchmarks.cache import EXAMPLES
@@ -65,7 +66,7 @@ from service.config import ServiceConfig
 from service.index import Mode, WantedMode
 from service.redis_server import EmbeddedRedis
 
-SECTIONS = ("encode", "rates", "bulk", "limit", "similar", "load", "growth")
+SECTIONS = ("encode", "tails", "rates", "bulk", "limit", "similar", "load", "growth")
 CONNECTIONS = (1, 16, 64)
 RATES = (500, 1000, 1500, 1900, 2500, 3000)
 """Requests a second."""
@@ -74,8 +75,8 @@ LOST = 1e3
 """Milliseconds at p99 with which a server does not keep up. It is not asked for more, nor is one that refuses some."""
 
 BULK = 1024
-NEW = 160
-"""Bodies of so many new items each: more than are taken while one round lasts."""
+TURNS, TURN = 12, 3.0
+"""Of `tails`: how many, and seconds of each."""
 
 AWAKE = 1.0
 """Seconds that a server has to see that time went by while it stood still."""
@@ -155,14 +156,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def all_up(bench: Bench, plain: bool) -> Iterator[dict[str, Server]]:
+def all_up(bench: Bench, plain: bool, peers: Collection[str] = PEERS) -> Iterator[dict[str, Server]]:
     """Name -> server, of all that start, each peer once more with a `plain` encoder. They stand still."""
     with contextlib.ExitStack() as stack:
         direct = services.free_port()
         port, process = stack.enter_context(bench.serve(environment={"ITEMVEC_DIRECT_PORT": str(direct)}))
         ours = ((name, Target(at, "/v1/embeddings")) for name, at in (("itemvec", port), (DIRECT, direct)))
         servers = {name: Server(target, process) for name, target in ours}
-        for name, ending in product(PEERS, ["", PLAIN] if plain else [""]):
+        for name, ending in product(peers, ["", PLAIN] if plain else [""]):
             title, folder = PEERS[name] + ending, bench.out / (f"{name}-plain" if ending else name)
             python = bench.peer_python if name in EXTRA else sys.executable
             try:
@@ -204,6 +205,26 @@ def encode(bench: Bench, servers: Mapping[str, Server]) -> list[Row]:
             late = sum(wait.unanswered for wait in waits[name])
             row = {"server": name, "connections": connections, "requests/s": rate[name], "offered/s": offered}
             rows.append(row | {"p50 ms": p50, "p99 ms": p99, "unanswered": late})
+    return rows
+
+
+def tails(bench: Bench) -> list[Row]:
+    requests, rows = bench.bodies(1), list[Row]()
+    with all_up(bench, plain=False, peers=["plain"]) as servers:
+        for connections in CONNECTIONS[1:]:
+            with servers[PEERS["plain"]].turn(requests, connections) as target:
+                offered = flood(target, requests, connections, bench.seconds) / 2
+            waits: dict[str, list[Waits]] = {name: [] for name in servers}
+            for _ in range(1 if bench.quick else TURNS):
+                for name, server in servers.items():
+                    with server.turn(requests, connections) as target:
+                        waits[name].append(offer(target, requests, connections, offered, TURN))
+            for name, found in waits.items():
+                p50, p99 = ([wait.at(p) * 1e3 for wait in found] for p in (50, 99))
+                row: Row = {"server": name, "connections": connections, "offered/s": offered}
+                row |= {"p50 ms": statistics.median(p50), "p99 ms": statistics.median(p99)}
+                row |= {"lowest p99": min(p99), "highest p99": max(p99)}
+                rows.append(row | {"unanswered": sum(wait.unanswered for wait in found)})
     return rows
 
 
@@ -311,47 +332,32 @@ def catalogue_up(bench: Bench, size: int, mode: WantedMode) -> Iterator[tuple[Ca
 def load(bench: Bench) -> list[Row]:
     """Items a second."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(folder) as server:
-        modes: tuple[Mode, ...] = ("flat", "hnsw", "exact")
-        for found in (asyncio.run(store_alone.load(server.url, mode)) for mode in modes):
-            rows.append({"way": f"store, {found['mode']}", "items/s": found["store"], "Redis alone": found["redis"]})
-            rows[-1]["share"] = found["share"]
+    films = writes.Films(bench.version, bench.items, bench.columns)
+    modes: Sequence[Mode] = ("flat", "hnsw", "exact")
     for mode in modes:
-        with bench.serve(f"load-{mode}", {"ITEMVEC_INDEX": mode}) as (port, _):
-            for title, bodies, target in (
-                ("JSON", _json_items, Target(port, "/v1/items")),
-                ("Arrow", _arrow_items, Target(port, "/v1/items", STREAM.decode())),
-            ):
-                flood(target, bodies(bench, f"{title} warm", 4), 2, 1.0)
-                rates = [
-                    flood(target, bodies(bench, f"{title} {number}", NEW), 2, bench.seconds) * BULK
-                    for number in range(bench.rounds)
-                ]
-                way = f"HTTP, {title}, new items, encoded and stored, {mode}"
-                rows.append({"way": way, "items/s": statistics.median(rates)})
+        with contextlib.ExitStack() as stack:
+            http = {}
+            for title, content_type in (("JSON", "application/json"), ("Arrow", STREAM.decode())):
+                serving = bench.serve(f"load-{mode}-{title}", {"ITEMVEC_INDEX": mode})
+                port, process = stack.enter_context(serving)
+                http[title] = _in_its_turn(writes.over_http(films, port, content_type), process)
+                services.halt(process)
+            rows += writes.compared(films, mode, bench.rounds, http)
     return rows
 
 
-def _json_items(bench: Bench, name: str, count: int) -> Requests:
-    def body(at: int, n: int) -> bytes:
-        items = [{**item, "id": f"{name} {n} {i}"} for i, item in enumerate(bench.items[at : at + BULK])]
-        return json.dumps({"items": items}).encode()
+def _in_its_turn(once: writes.Round, process: Process) -> writes.Round:
+    """While a server is not measured it stands still."""
 
-    return _each_once(bench, body, count)
+    def awake(number: int) -> float:
+        services.go_on(process)
+        time.sleep(AWAKE)
+        try:
+            return once(number)
+        finally:
+            services.halt(process)
 
-
-def _arrow_items(bench: Bench, name: str, count: int) -> Requests:
-    def body(at: int, n: int) -> bytes:
-        ids = pa.array([f"{name} {n} {i}" for i in range(BULK)])
-        return _stream(bench.columns.slice(at, BULK).append_column("id", ids))
-
-    return _each_once(bench, body, count)
-
-
-def _each_once(bench: Bench, body: Callable[[int, int], bytes], count: int) -> Requests:
-    """So many bodies of films in turn, every time under other ids: an item that is there already costs less."""
-    starts = range(0, len(bench.items) - BULK + 1, BULK)
-    return Requests([body(starts[n % len(starts)], n) for n in range(count)])
+    return awake
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -499,7 +505,7 @@ def run(bench: Bench, wanted: Sequence[str]) -> None:
                 keep("rates", rates(bench, with_ours))
             if "bulk" in wanted:
                 keep("bulk", bulk(bench, servers))
-    for section in (limit, similar, load, growth):
+    for section in (tails, limit, similar, load, growth):
         if section.__name__ in wanted:
             keep(section.__name__, section(bench))
     for section, picture in (("encode", draw), ("rates", draw_rates)):
