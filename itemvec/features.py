@@ -239,7 +239,8 @@ class FeatureTransform:
         n, present = len(table), set(table.column_names)
         ignored = [name for name in table.column_names if name not in self._known]
         notes = Notes(n, [*self._names, *ignored], pointer)
-        notes.put(ignored, np.full((n, len(ignored)), CODES["ignored"], np.int8))
+        for name in ignored:
+            notes.put([name], table.column(name).is_valid().to_numpy()[:, None] * np.int8(CODES["ignored"]))
         columns = []
         for name, bag in self._bags:
             arrow = table.column(name) if name in present else pa.chunked_array([pa.nulls(n)])

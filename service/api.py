@@ -344,31 +344,14 @@ class Api:
         else:
             wanted = await self._models.aside(len(body), requests.read_bulk, body, self._limits)
             version, entries = self._champion(request, wanted.model), wanted.entries
-        places = [i for i, entry in enumerate(entries) if isinstance(entry, Entry)]
         good = [entry for entry in entries if isinstance(entry, Entry)]
         stored = await self._upsert(request, version, good, encoding) if good else Upserted([], [], {})
-        refused: dict[int, ItemvecError] = {
-            i: InvalidRequest(entry.errors) for i, entry in enumerate(entries) if isinstance(entry, RefusedEntry)
-        }
-        for row, errors in stored.errors.items():
-            # Its place among the good ones becomes its place in the request.
-            at = f"/items/{places[row]}/"
-            refused[places[row]] = InvalidItem(FieldError(at + e.pointer.split("/", 2)[2], e.detail) for e in errors)
-        created, statuses = iter(stored.created), stored.statuses
-        answers: list[dict[str, Any]] = [
-            _refused(entry.id, refused[i], request)
-            if i in refused
-            else {"id": entry.id, "status": "created" if next(created) else "updated"}
-            for i, entry in enumerate(entries)
-        ]
-        if refused:
-            each = iter(stored.statuses[:])
-            statuses = [{} if i in refused else next(each) for i in range(len(entries))]
+        answers, statuses = _outcomes(entries, stored, request)
         if request.wants(arrow.STREAM):
             metadata = {"model": version.ref, "fingerprint": version.fingerprint}
             return Answer(arrow.outcomes(answers, statuses, metadata), content_type=arrow.STREAM)
-        for i, (answer, marks) in enumerate(zip(answers, statuses[:], strict=True)):
-            if i not in refused:
+        for answer, marks in zip(answers, statuses[:], strict=True):
+            if "problem" not in answer:
                 answer["columns"] = marks
         counts = Counter(answer["status"] for answer in answers)
         totals = {status: counts[status] for status in ("created", "updated", "refused")}
@@ -447,7 +430,7 @@ class Api:
         """Its items, their columns, and the vectors of those that are taken, if they are ready."""
         table = arrow.read_table(body, self._limits, "/items")
         vectors, table = arrow.ready_vectors(table, version.schema, version.fingerprint, version.dim)
-        ids, table = arrow.without_ids(table, version.schema)
+        ids, table = arrow.without_ids(arrow.finite(table), version.schema)
         if ids is None:
             raise InvalidRequest.at("/items/id", f"is missing: send a column id, or {version.schema.id!r}")
         entries = requests.read_entries(arrow.items_of(table), ids.to_pylist(), self._limits, len(body))
@@ -517,6 +500,34 @@ def _shortened(vectors: Vectors, size: int) -> Vectors:
 
 def _of(version: ModelVersion, answer: dict[str, Any], status: int = 200) -> Answer:
     return Answer.json({**answer, "model": version.ref, "fingerprint": version.fingerprint}, status)
+
+
+def _outcomes(
+    entries: Sequence[Entry | RefusedEntry], stored: Upserted, request: Request
+) -> tuple[list[dict[str, Any]], Sequence[dict[str, Status]]]:
+    """Of each entry what became of it, and its columns that were not plain. `stored` is of those that could be read."""
+    refused: dict[int, ItemvecError] = {}
+    row = 0
+    for i, entry in enumerate(entries):
+        if isinstance(entry, RefusedEntry):
+            refused[i] = InvalidRequest(entry.errors)
+            continue
+        if (errors := stored.errors.get(row)) is not None:
+            # Its place among those becomes its place in the request.
+            moved = (FieldError(f"/items/{i}/" + e.pointer.split("/", 2)[2], e.detail) for e in errors)
+            refused[i] = InvalidItem(moved)
+        row += 1
+    created = iter(stored.created)
+    answers = [
+        _refused(entry.id, refused[i], request)
+        if i in refused
+        else {"id": entry.id, "status": "created" if next(created) else "updated"}
+        for i, entry in enumerate(entries)
+    ]
+    if not refused:
+        return answers, stored.statuses
+    marks = iter(stored.statuses[:])
+    return answers, [{} if i in refused else next(marks) for i in range(len(entries))]
 
 
 def _refused(item_id: str | None, error: ItemvecError, request: Request) -> dict[str, Any]:

@@ -286,8 +286,16 @@ def _decoded(column: pa.ChunkedArray, room: int) -> pa.ChunkedArray:
     return column.cast(inner)
 
 
+def finite(table: pa.Table) -> pa.Table:
+    """The same without numbers that JSON has no word for: they are missing."""
+    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if pa.types.is_floating(column.type):
+            table = table.set_column(place, name, pc.if_else(pc.is_finite(column), column, None))
+    return table
+
+
 def items_of(table: pa.Table) -> list[dict[str, Any]]:
-    """Items as they would have come in JSON, without what is null."""
+    """Items as they would have come in JSON, without what is null; of a table of finite numbers."""
     names = table.column_names
     columns = [_json_values(column) for column in table.columns]
     return [
@@ -299,7 +307,5 @@ def items_of(table: pa.Table) -> list[dict[str, Any]]:
 def _json_values(column: pa.ChunkedArray) -> list[Any]:
     if pa.types.is_temporal(column.type):
         return [None if moment is None else moment.isoformat() for moment in column.to_pylist()]
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_finite(column), column, None)  # JSON has no word for the others
     values: list[Any] = column.to_pylist()
     return values

@@ -22,6 +22,10 @@ HAS: Final = "has"
 MAX_TAG: Final = 120
 """Bytes; of a longer label the beginning is kept, with a hash of all of it."""
 
+FEW, SHORT = 16, 120
+"""Labels of one set, and characters of all of them together, up to which its tags are remembered: long ones would fill
+the memory."""
+
 
 def filterable(schema: FeatureSchema) -> dict[str, Feature]:
     """By the name of the column."""
@@ -151,7 +155,7 @@ def _tags(kind: type, separator: str | None, value: Any) -> str | None:
     elif not isinstance(value, list | tuple | set | frozenset):
         return ""
     labels = tuple(value)
-    if set(map(type, labels)) == {kind} == {str} and sum(map(len, labels)) <= MAX_TAG:
+    if len(labels) <= FEW and set(map(type, labels)) == {kind} == {str} and sum(map(len, labels)) <= SHORT:
         return _kept_tags(labels)
     return _made_tags(tuple(label for label in labels if type(label) is kind))
 
@@ -161,7 +165,7 @@ def _made_tags(labels: tuple[Any, ...]) -> str | None:
 
 
 _kept_tags = lru_cache(maxsize=16_384)(_made_tags)
-"""Of few and short labels: the same ones come together again and again. For strings alone: True equals 1."""
+"""Of few and short labels, which come together again and again. For strings alone: to it True and 1 are the same."""
 
 
 def _number_text(feature: Feature, value: Any) -> str | None:
@@ -194,7 +198,7 @@ def _listed(feature: Ordinal) -> str:
 
 def _tag(label: Any) -> str:
     """Empty for what is no label."""
-    return _made_tag(label) if isinstance(label, str) and len(label) > MAX_TAG else _kept_tag(label)
+    return _made_tag(label) if isinstance(label, str) and len(label) > SHORT else _kept_tag(label)
 
 
 def _made_tag(label: Any) -> str:
@@ -205,7 +209,7 @@ def _made_tag(label: Any) -> str:
 
 
 _kept_tag = lru_cache(maxsize=65_536, typed=True)(_made_tag)
-"""Of short ones: long texts would fill the memory."""
+"""Of short ones."""
 
 
 def _word(text: str) -> str:

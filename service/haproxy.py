@@ -47,7 +47,7 @@ the next such moment waits for new ones."""
 
 SPINS: Final = ["option", "splice-request"]
 """With `abortonclose` HAProxy 2.8 turns round and round at 100 % of a core when a caller leaves whose body was larger
-than a buffer, and does not tell the replica: not before the answer that nobody waits for is there."""
+than a buffer and not the first of its connection, and the replica is not told: not before it has answered."""
 
 SERVER: Final = re.compile(r"(\s+server \S+-(\w+)) (\S+):(\d+) check\b(?!.* backup)")
 """A replica, whose name ends with its id; Serve's own proxy, the last resort, is the backup."""
@@ -95,8 +95,10 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
                 kept += [line, f"    {NOT_THERE}"]
                 continue
         words = line.split()
+        if section in DROPPED or words[:2] == SPINS:
+            continue
         # Each request would otherwise be a datagram to whoever listens on the syslog port.
-        if section in DROPPED or words[:1] == ["log"] or words[:2] in (["option", "httplog"], SPINS):
+        if words[:1] == ["log"] or words[:2] == ["option", "httplog"]:
             continue
         replica = SERVER.match(line)
         if section == NOBODY and words[:2] == ["http-request", "return"]:

@@ -64,15 +64,20 @@ async def encode_fitting(models: LoadedModels, version: ModelVersion, items: Seq
     return Fitting(rows, encoding.vectors, encoding.statuses, errors)
 
 
-async def encoded(models: LoadedModels, version: ModelVersion, items: Sequence[Item], fitting: Fitting) -> Encoded:
-    """For the store: the vectors with what queries can filter by. Items that the version refuses get no vector."""
-    rows = fitting.rows if fitting.errors else None
+async def encoded(
+    models: LoadedModels,
+    version: ModelVersion,
+    items: Sequence[Item],
+    vectors: npt.NDArray[np.float32],
+    rows: Sequence[int] | None = None,
+) -> Encoded:
+    """For the store: the vectors of the items at `rows` (None: of all), with what queries can filter by."""
     columns = attributes.filterable(version.schema)
     if not columns:
-        return Encoded(fitting.vectors, rows)
+        return Encoded(vectors, rows)
     some = items if rows is None else [items[i] for i in rows]
     fields, _, _ = await models.compute(len(some), partial(attributes.fields, columns, some))
-    return Encoded(fitting.vectors, rows, fields)
+    return Encoded(vectors, rows, fields)
 
 
 class ItemWriter:
@@ -100,15 +105,16 @@ class ItemWriter:
             fitting = await encode_fitting(self._models, version, items)
         else:
             fitting = Fitting(range(len(items)), encoding.vectors, encoding.statuses, {})
+        if fitting.errors:
+            ids, items = [ids[i] for i in fitting.rows], [items[i] for i in fitting.rows]
+            raws = [raws[i] for i in fitting.rows]
+        own = await encoded(self._models, version, items, fitting.vectors)
         took("encode", began)
         created: list[bool] = []
         if fitting.rows:
             began = perf_counter()
-            if fitting.errors:
-                ids, items = [ids[i] for i in fitting.rows], [items[i] for i in fitting.rows]
-                raws = [raws[i] for i in fitting.rows]
             try:
-                created = await self._put(version, ids, items, raws, fitting.vectors)
+                created = await self._put(version, ids, items, raws, own)
             finally:
                 took("store", began)
         return Upserted(created, fitting.statuses, fitting.errors)
@@ -119,19 +125,19 @@ class ItemWriter:
         ids: Sequence[str],
         items: Sequence[Item],
         raws: Sequence[bytes],
-        vectors: npt.NDArray[np.float32],
+        own: Encoded,
     ) -> list[bool]:
         name = version.name
         known = self._live.pop(name, {})
         if version.fingerprint in known:
             try:
-                return await self._put_live(version, known, ids, items, raws, vectors)
+                return await self._put_live(version, known, ids, items, raws, own)
             except NoIndex:
                 pass  # one of them may have been dropped since
         live = await self._store.live(name)
         if version.fingerprint not in live:
             raise StoreUnavailable(f"the index of {version.ref} is not there yet", retry_after=2.0)
-        return await self._put_live(version, live, ids, items, raws, vectors)
+        return await self._put_live(version, live, ids, items, raws, own)
 
     async def _put_live(
         self,
@@ -140,14 +146,16 @@ class ItemWriter:
         ids: Sequence[str],
         items: Sequence[Item],
         raws: Sequence[bytes],
-        vectors: npt.NDArray[np.float32],
+        own: Encoded,
     ) -> list[bool]:
+        """`own` is what `version` made of the items."""
         name = version.name
         made = {}
         for fingerprint, ref in live.items():
             if fingerprint == version.fingerprint:
-                fitting = Fitting(range(len(items)), vectors, [], {})
-                made[fingerprint] = await encoded(self._models, await self._loaded(ref) or version, items, fitting)
+                made[fingerprint] = own
+                if ref != version.ref and (same := await self._loaded(ref)) is not None:
+                    made[fingerprint] = await encoded(self._models, same, items, own.vectors)
             elif (other := await self._encoded(name, fingerprint, ref, items)) is not None:
                 made[fingerprint] = other
         written = await self._store.put(name, ids, raws, made)
@@ -169,7 +177,8 @@ class ItemWriter:
             log.warning("%s cannot be loaded any more: it is not searched, and writes leave it out", ref)
             await self._store.unmark_live(name, fingerprint)
             return None
-        return await encoded(self._models, version, items, await encode_fitting(self._models, version, items))
+        fitting = await encode_fitting(self._models, version, items)
+        return await encoded(self._models, version, items, fitting.vectors, fitting.rows)
 
     async def _loaded(self, ref: str) -> ModelVersion | None:
         """None where it is gone or damaged."""

@@ -226,18 +226,19 @@ class LoadedModels:
 
     async def encode_table(self, version: ModelVersion, table: pa.Table, pointer: str = "") -> tuple[Encoding, float]:
         """The same for Arrow columns; in parts, so that a long one does not keep the others waiting."""
-        parts: list[Encoding] = []
-        waited = 0.0
+        parts, took, waited = list[Encoding](), list[float](), 0.0
         for start in range(0, len(table), ROWS_AT_ONCE):
             part = table.slice(start, ROWS_AT_ONCE)
             try:
                 encoding, queued, seconds = await self.compute(len(part), partial(version.encode_arrow, part))
             except InvalidItem as invalid:
                 raise InvalidItem(_moved(error, pointer, start) for error in invalid.errors) from None
-            if self._metrics is not None:
-                self._metrics.encoded(version.ref, len(part), seconds)
             parts.append(encoding)
+            took.append(seconds)
             waited += queued
+        if self._metrics is not None:
+            for encoding, seconds in zip(parts, took, strict=True):
+                self._metrics.encoded(version.ref, len(encoding.vectors), seconds)
         if len(parts) == 1:
             return parts[0], waited
         statuses = [status for part in parts for status in part.statuses]

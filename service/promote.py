@@ -322,7 +322,7 @@ class Promotions:
             items = [orjson.loads(item.raw) for item in batch]
             fitting = await encode_fitting(self._models, version, items)
             ids, revs = [item.id for item in batch], [item.rev for item in batch]
-            vectors = await encoded(self._models, version, items, fitting)
+            vectors = await encoded(self._models, version, items, fitting.vectors, fitting.rows)
             await self._store.add_vectors(job.name, version.fingerprint, ids, revs, vectors)
             job.done += len(batch)
             job.refused += len(fitting.errors)

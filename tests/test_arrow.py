@@ -1,6 +1,7 @@
 """Arrow streams in and out: the numbers of JSON, and a status for every hard stream."""
 
 import asyncio
+import math
 import re
 import struct
 import threading
@@ -189,6 +190,24 @@ async def test_a_date_where_a_label_belongs_is_stored_as_its_text(toys: Running)
     assert answer["status"].to_pylist() == ["created"]
     assert dict(answer["columns"].to_pylist()[0])["maker"] == "oov"
     assert (await toys.client.get("/v1/items/a")).json()["item"] == {"maker": "2014-01-01"}
+
+
+async def test_a_number_that_json_has_no_word_for_is_missing_in_the_item_and_in_its_vector(toys: Running) -> None:
+    table = pa.table({"id": ["a", "b"], "maker": ["Ada", "Ada"], "price": [math.inf, None]})
+    answer = received(await sent(toys, table, "/v1/items"))
+    assert [dict(marks)["price"] for marks in answer["columns"].to_pylist()] == ["missing", "missing"]
+    first, second = [(await toys.client.get(f"/v1/items/{item_id}")).json() for item_id in "ab"]
+    assert first["item"] == second["item"] == {"maker": "Ada"}
+    assert first["embedding"] == second["embedding"]
+
+
+@pytest.mark.parametrize("maker", ["Ada", None])
+async def test_a_column_that_an_item_does_not_have_is_not_ignored(toys: Running, maker: str | None) -> None:
+    whole = pa.table({"id": ["a", "b", maker and "c"], "shelf": [1, None, None]})  # as columns, and item by item
+    answer = received(await sent(toys, whole, "/v1/items"))
+    assert answer["status"].to_pylist()[:2] == ["created", "created"]
+    assert ["shelf" in dict(marks) for marks in answer["columns"].to_pylist()] == [True, False, False]
+    assert answer["status"].to_pylist()[2] == ("created" if maker else "refused")
 
 
 async def test_items_without_ids_are_refused_as_a_whole(toys: Running) -> None:

@@ -13,7 +13,7 @@ import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
-from redis.asyncio.connection import Connection
+from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 from storing import go_live, kill, restart, rows, turned
 
 from itemvec.errors import StoreUnavailable
@@ -167,6 +167,14 @@ async def test_commands_are_written_as_redis_py_writes_them(commands: list[list[
     assert b"".join(ours.pack_commands(named)) == b"".join(theirs.pack_commands(named))
     for command in named:
         assert b"".join(ours.pack_command(*command)) == b"".join(theirs.pack_command(*command))
+
+
+async def test_the_connections_of_a_store_write_so(store: Store) -> None:
+    await store.ping()
+    client = store._hot._client
+    assert client is not None
+    made = type(client.connection_pool.make_connection())
+    assert made is _packing(UnixDomainSocketConnection)
 
 
 async def test_no_error_tells_the_password() -> None:
