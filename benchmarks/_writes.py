@@ -71,12 +71,8 @@ class Films:
     def arrow_bodies(self, number: int) -> list[bytes]:
         bodies = []
         for start in range(0, len(self), BULK):
-            sink = pa.BufferOutputStream()
-            table = self._columns.slice(start, BULK)
-            table = table.append_column("id", pa.array(self.ids(number, start, BULK)))
-            with pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
-            bodies.append(sink.getvalue().to_pybytes())
+            ids = pa.array(self.ids(number, start, BULK))
+            bodies.append(stream_of(self._columns.slice(start, BULK).append_column("id", ids)))
         return bodies
 
     async def put(self, store: Store, number: int, start: int) -> None:
@@ -102,6 +98,15 @@ class Films:
         name, fingerprint, dim = self.version.name, self.version.fingerprint, self.version.dim
         await store.indexes.ensure(name, fingerprint, dim, fields=attributes.index_fields(self.version.schema))
         await store.mark_live(name, fingerprint, self.version.ref)
+
+
+def stream_of(table: pa.Table) -> bytes:
+    """As an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
 
 
 def over_http(films: Films, port: int, content_type: str) -> Round:

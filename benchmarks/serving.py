@@ -54,6 +54,7 @@ from benchmarks import _services as services
 from benchmarks import _writes as writes
 from benchmarks._load import Caller, Requests, Target, Waits, flood, needs_wrk, offer
 from benchmarks._neighbors import Catalogue
+from benchmarks._writes import BULK, stream_of
 from benchmarks.cache import EXAMPLES
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.features import FeatureTransform
@@ -74,7 +75,6 @@ RATES = (500, 1000, 1500, 1900, 2500, 3000)
 LOST = 1e3
 """Milliseconds at p99 with which a server does not keep up. It is not asked for more, nor is one that refuses some."""
 
-BULK = 1024
 TURNS, TURN = 12, 3.0
 """Of `tails`: how many, and seconds of each."""
 
@@ -125,7 +125,7 @@ class Bench:
         return Requests([json.dumps({"input": self.items[i : i + size], **options}).encode() for i in starts])
 
     def arrow_bodies(self, size: int) -> Requests:
-        return Requests([_stream(self.columns.slice(i, size)) for i in range(0, len(self.items) - size + 1, size)])
+        return Requests([stream_of(self.columns.slice(i, size)) for i in range(0, len(self.items) - size + 1, size)])
 
     def serve(
         self, name: str = "itemvec", environment: Mapping[str, str] | None = None, **options: object
@@ -425,13 +425,6 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _headers(target: Target) -> dict[str, str]:
     return {"content-type": target.content_type}
-
-
-def _stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
