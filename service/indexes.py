@@ -181,7 +181,7 @@ class Indexes:
     async def remove_if_orphan(self, name: str, fp: str, keys: Sequence[bytes]) -> None:
         """Removes the vectors of ids that have no item."""
         space, commands = Space(name), list[Command]()
-        for bucket, positions in by_bucket(keys, range(len(keys))).items():
+        for bucket, positions in by_bucket(keys).items():
             prefixes = (space.item_prefix(bucket), space.vector_prefix(fp, bucket))
             names = [space.log(fp, bucket), space.gone(fp, bucket)]
             names += [prefix + keys[i] for i in positions for prefix in prefixes]
@@ -276,7 +276,7 @@ class Indexes:
         async for keys in self._bulk.scan(space.vectors(fp) + "*"):
             ids = [key[start:] for key in keys]
             commands: list[Command] = []
-            for bucket, positions in by_bucket(ids, range(len(ids))).items():
+            for bucket, positions in by_bucket(ids).items():
                 names = [space.log(fp, bucket), space.gone(fp, bucket), *(keys[i] for i in positions)]
                 commands.append(("EVAL", scripts.LOG, len(names), *names, start + 1))
             await self._bulk.pipeline(commands)

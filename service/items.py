@@ -128,12 +128,14 @@ class ItemWriter:
         own: Encoded,
     ) -> list[bool]:
         name = version.name
-        known = self._live.pop(name, {})
+        known = self._live.get(name, {})
         if version.fingerprint in known:
             try:
                 return await self._put_live(version, known, ids, items, raws, own)
-            except NoIndex:
-                pass  # one of them may have been dropped since
+            except Exception as error:
+                self._live.pop(name, None)
+                if not isinstance(error, NoIndex):  # one of them may have been dropped since
+                    raise
         live = await self._store.live(name)
         if version.fingerprint not in live:
             raise StoreUnavailable(f"the index of {version.ref} is not there yet", retry_after=2.0)

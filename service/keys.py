@@ -21,13 +21,15 @@ a slot, so one script changes them together or not at all.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from zlib import crc32
 
 from itemvec.values import MAX_ID_BYTES
 
 BUCKETS = 64
 CHUNK = 512  # items a round trip in bulk: beyond it nothing gets faster, and other clients wait longer
+SCRIPT = 32
+"""Items that one script changes, while everybody else waits. Each script costs what storing an item does once more."""
 
 
 class Space:
@@ -89,11 +91,33 @@ def bucket_of(key: bytes) -> int:
     return crc32(key) % BUCKETS
 
 
-def by_bucket(keys: Sequence[bytes], positions: Iterable[int]) -> dict[int, list[int]]:
+def by_bucket(keys: Sequence[bytes]) -> dict[int, list[int]]:
+    """Bucket -> the positions of its keys."""
     groups: dict[int, list[int]] = {}
-    for position in positions:
-        groups.setdefault(bucket_of(keys[position]), []).append(position)
+    for position, key in enumerate(keys):
+        groups.setdefault(bucket_of(key), []).append(position)
     return groups
+
+
+def round_trips(keys: Sequence[bytes], most: int = SCRIPT) -> Iterator[list[tuple[int, list[int]]]]:
+    """The scripts that change these keys: the bucket and the positions of each, `most` of them and `CHUNK` a round
+    trip. A key that comes twice is changed in that order.
+
+    >>> list(round_trips([b"a", b"b", b"a"], most=1))
+    [[(3, [0]), (3, [2]), (57, [1])]]
+    """
+    trip: list[tuple[int, list[int]]] = []
+    room = CHUNK
+    for bucket, positions in by_bucket(keys).items():
+        for start in range(0, len(positions), most):
+            some = positions[start : start + most]
+            if len(some) > room:
+                yield trip
+                trip, room = [], CHUNK
+            trip.append((bucket, some))
+            room -= len(some)
+    if trip:
+        yield trip
 
 
 def same_slot(keys: Iterable[bytes]) -> Iterable[list[bytes]]:

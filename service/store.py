@@ -7,7 +7,7 @@ are stored only while the item still has the `rev` they were made from.
 """
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -31,13 +31,17 @@ from service.index import (
     search_command,
 )
 from service.indexes import Indexes
-from service.keys import BUCKETS, Space, bucket_of, by_bucket, chunks, encode_ids
+from service.keys import BUCKETS, SCRIPT, Space, bucket_of, chunks, encode_ids, round_trips
 from service.leases import Leases
 from service.link import Command, Link
 from service.shared import SharedCache
 
 HOT_ITEMS = 64
 """Writes and reads of more items than this take the bulk client, so that they cannot hold up a search."""
+
+
+GRAPH_SCRIPT = 8
+"""`SCRIPT` of an index that is a graph."""
 
 
 class Item(NamedTuple):
@@ -201,14 +205,13 @@ class Store:
         then: list[Command] = [("HGETALL", space.live), ("HGETALL", space.indexes)]
         if logged := [fp for fp, index in indexes.items() if index.logged]:
             then.insert(0, ("EVAL", scripts.TICK, 1, space.ticks, *logged))
-        for chunk in chunks(len(ids)):
-            groups = by_bucket(keys, chunk)
+        for trip in round_trips(keys, _most(indexes.values())):
             commands = []
-            for bucket, positions in groups.items():
+            for bucket, positions in trip:
                 items = [(keys[i], raws[i], revs[i], [row[i] for row in rows]) for i in positions]
                 commands.append(_put_command(space, bucket, indexes, items))
             *replies, live, now = await link.pipeline(commands, then)
-            for positions, flags in zip(groups.values(), replies, strict=False):
+            for (_, positions), flags in zip(trip, replies, strict=False):
                 for i, flag in zip(positions, flags, strict=True):
                     created[i] = bool(flag)
         for fp, index in indexes.items():
@@ -237,9 +240,9 @@ class Store:
         rows = _rows(f"{name} {fp}", vectors, len(ids), index.dim)
         then: list[Command] = [("EVAL", scripts.TICK, 1, space.ticks, fp)] if index.logged else []
         link, written = self._link_for(len(ids)), 0
-        for chunk in chunks(len(ids)):
+        for trip in round_trips(keys, _most([index])):
             commands: list[Command] = []
-            for bucket, positions in by_bucket(keys, chunk).items():
+            for bucket, positions in trip:
                 item, vec = space.item_prefix(bucket), space.vector_prefix(fp, bucket)
                 names = [space.log(fp, bucket), space.gone(fp, bucket)]
                 names += [prefix + keys[i] for i in positions for prefix in (item, vec)]
@@ -282,9 +285,9 @@ class Store:
         link, existed = self._link_for(len(ids)), [False] * len(ids)
         live: Mapping[bytes, bytes] = {}
         then: list[Command] = [("EVAL", scripts.TICK, 1, space.ticks, *known), ("HGETALL", space.live)]
-        for chunk in chunks(len(ids)):
-            groups, commands = by_bucket(keys, chunk), list[Command]()
-            for bucket, positions in groups.items():
+        for trip in round_trips(keys):
+            commands: list[Command] = []
+            for bucket, positions in trip:
                 prefixes = (space.item_prefix(bucket), *(space.vector_prefix(fp, bucket) for fp in known))
                 names = [space.count(bucket)]
                 for fp in known:
@@ -292,7 +295,7 @@ class Store:
                 names += [prefix + keys[i] for i in positions for prefix in prefixes]
                 commands.append(("EVAL", scripts.DELETE, len(names), *names, len(known), len(prefixes[0]) + 1))
             *replies, live = await link.pipeline(commands, then)
-            for positions, flags in zip(groups.values(), replies, strict=False):
+            for (_, positions), flags in zip(trip, replies, strict=False):
                 for i, flag in zip(positions, flags, strict=True):
                     existed[i] = bool(flag)
         # A version that went live since `known` was read may have got a vector from its backfill just before
@@ -481,6 +484,11 @@ class Store:
         live = {fp.decode(): ref.decode() for fp, ref in reply.items()}
         self._last_live[name] = frozenset(live)
         return live
+
+
+def _most(indexes: Iterable[Index]) -> int:
+    """Items that one script may write: into a graph each takes as long as ten into another index."""
+    return GRAPH_SCRIPT if any(index.mode == "hnsw" for index in indexes) else SCRIPT
 
 
 def _put_command(

@@ -172,6 +172,27 @@ async def test_searches_and_writes_go_on_through_a_switch(toys: Running) -> None
         assert (await toys.store.indexes.status("toys", fingerprint)).docs == count
 
 
+async def test_writes_at_the_same_time_need_not_ask_what_is_live(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each answer to a write says so; asked for by itself it has the short deadline of a search, of which a store that
+    # is busy with writes of many items makes too much.
+    await toys.load()
+    asked = 0
+    live = toys.store.live
+
+    async def counted(name: str) -> dict[str, str]:
+        nonlocal asked
+        asked += 1
+        return await live(name)
+
+    monkeypatch.setattr(toys.store, "live", counted)
+    some = [{"items": [{"id": f"{n} {i}", **TOY} for i in range(100)]} for n in range(4)]
+    answers = await asyncio.gather(*(post(toys, "/v1/items", body) for body in some))
+    assert [answer.json()["created"] for answer in answers] == [100] * 4
+    assert asked == 0
+
+
 async def test_one_promotion_of_a_model_at_a_time(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     await toys.load()
     go_on, scan = asyncio.Event(), toys.store.scan

@@ -16,6 +16,7 @@ from itemvec.errors import ItemNotFound, StoreUnavailable
 from service import scripts
 from service.index import Mode, read_neighbors
 from service.indexes import IndexStatus
+from service.keys import CHUNK, bucket_of, round_trips
 from service.redis_server import EmbeddedRedis
 from service.store import Encoded, Neighbor, Query, Store
 
@@ -185,6 +186,21 @@ async def test_of_an_id_that_comes_twice_the_last_stays(store: Store) -> None:
     assert await store.get("movies", "a") == ("a", b"2", written.revs[1])
     assert await store.search("movies", "aa", rows((0, 1))[0], k=2) == [Neighbor("a", 1.0)]
     assert await store.count("movies") == 1
+
+
+@given(st.lists(st.binary(min_size=1, max_size=2), max_size=1500), st.integers(1, 40))
+def test_each_item_is_in_one_script_of_its_bucket_and_copies_of_an_id_stay_in_order(
+    keys: list[bytes], most: int
+) -> None:
+    trips = list(round_trips(keys, most))
+    scripts_sent = [script for trip in trips for script in trip]
+    assert sorted(i for _, positions in scripts_sent for i in positions) == list(range(len(keys)))
+    assert all(bucket_of(keys[i]) == bucket for bucket, positions in scripts_sent for i in positions)
+    assert all(1 <= len(positions) <= most for _, positions in scripts_sent)
+    assert all(1 <= sum(len(positions) for _, positions in trip) <= CHUNK for trip in trips)
+    for key in set(keys):
+        places = [i for _, positions in scripts_sent for i in positions if keys[i] == key]
+        assert places == sorted(places)
 
 
 async def test_nothing_to_write_is_no_error(store: Store) -> None:
