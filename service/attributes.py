@@ -7,7 +7,7 @@ the columns that are there. Other kinds of columns, such as text, can only be as
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any, Final, Literal
@@ -25,6 +25,11 @@ MAX_TAG: Final = 120
 FEW, SHORT = 16, 120
 """Labels of one set, and characters of all of them together, up to which its tags are remembered: long ones would fill
 the memory."""
+
+MANY: Final = 16_384
+"""Sets whose tags are remembered."""
+
+SETS: Final = (list, tuple, set, frozenset)
 
 
 def filterable(schema: FeatureSchema) -> dict[str, Feature]:
@@ -152,20 +157,30 @@ def _tags(kind: type, separator: str | None, value: Any) -> str | None:
         if _is_blank(value):
             return None
         value = value.split(separator)
-    elif not isinstance(value, list | tuple | set | frozenset):
+    elif not isinstance(value, SETS):
         return ""
     labels = tuple(value)
-    if len(labels) <= FEW and set(map(type, labels)) == {kind} == {str} and sum(map(len, labels)) <= SHORT:
-        return _kept_tags(labels)
-    return _made_tags(tuple(label for label in labels if type(label) is kind))
+    if kind is not str:
+        return _made_tags(label for label in labels if type(label) is kind)
+    try:
+        return _known_tags[labels]
+    except (KeyError, TypeError):  # new, or one of them is no label and has no hash
+        pass
+    made = _made_tags(label for label in labels if type(label) is str)
+    if made and len(labels) <= FEW and {*map(type, labels)} == {str} and sum(map(len, labels)) <= SHORT:
+        if len(_known_tags) >= MANY:
+            _known_tags.clear()
+        _known_tags[labels] = made
+    return made
 
 
-def _made_tags(labels: tuple[Any, ...]) -> str | None:
+def _made_tags(labels: Iterable[Any]) -> str | None:
     return ",".join(sorted({*map(_tag, labels)} - {""})) or None
 
 
-_kept_tags = lru_cache(maxsize=16_384)(_made_tags)
-"""Of few and short labels, which come together again and again. For strings alone: to it True and 1 are the same."""
+_known_tags: dict[tuple[str, ...], str] = {}
+"""Of few and short labels, which come together again and again. Of strings alone, since in a dict True and 1 are the
+same."""
 
 
 def _number_text(feature: Feature, value: Any) -> str | None:
