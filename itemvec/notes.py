@@ -159,7 +159,6 @@ _JSON_NAMES = {
     bool: "the boolean",
     int: "the number",
     float: "the number",
-    dict: "the object",
 }
 
 
@@ -170,6 +169,8 @@ def _shown(value: Any) -> str:
         return f"an Arrow {value.type} that cannot be read"
     if isinstance(value, list):
         return f"a list of {len(value)}"
+    if isinstance(value, dict):  # not as text: it may be nested more deeply than Python writes
+        return f"an object of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 256:  # thousands of digits are not even written by Python
         return f"a whole number of {value.bit_length()} bits"
     text = repr(value)

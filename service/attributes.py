@@ -83,18 +83,18 @@ def check(feature: Feature, operation: Operation, value: Any = None) -> str | No
     if kind == "none":
         return "is no label, number or moment: a filter can only ask whether it exists"
     if isinstance(feature, Ordinal):
-        return None if _ranked(feature, value) is not None else f"has the labels {_listed(feature)}, not {value!r:.60}"
+        return None if _ranked(feature, value) is not None else f"has the labels {_listed(feature)}, not {_got(value)}"
     if isinstance(feature, Nominal | Multi):
         if operation == "range":
             return "has labels without an order, so no range: use eq or in"
         if type(value) is not PYTHON_TYPES[feature.dtype] or canonical(value) is None:
-            return f"has labels of type {feature.dtype}, not {value!r:.60}"
+            return f"has labels of type {feature.dtype}, not {_got(value)}"
         return None
     try:
         number(feature, value)
     except (TypeError, ValueError, OverflowError):
         expected = "ISO 8601 times or Unix seconds" if isinstance(feature, Timestamp) else "finite numbers"
-        return f"has {expected}, not {value!r:.60}"
+        return f"has {expected}, not {_got(value)}"
     return None
 
 
@@ -108,7 +108,7 @@ def number(feature: Feature, value: Any) -> float:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         read = float(value)
     else:
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{_got(value)} is no number")
     if read is None or not math.isfinite(read):
         raise ValueError(f"{value!r} is no finite number")
     return read
@@ -204,6 +204,13 @@ def _ranked(feature: Ordinal, value: Any) -> int | None:
         if type(label) is type(wanted) and canonical(label) == wanted:
             return place
     return None
+
+
+def _got(value: Any) -> str:
+    """As text, but for what may be nested more deeply than Python writes."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"{value!r:.60}"
 
 
 def _listed(feature: Ordinal) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from itemvec.errors import InvalidItem
 from itemvec.version import Encoding, ModelVersion
 
 AT_ONCE = 64
@@ -67,7 +66,7 @@ def _encode(parts: Sequence[_Part]) -> None:
         return
     try:
         whole = parts[0].version.encode([item for part in parts for item in part.items])
-    except InvalidItem:
+    except Exception:  # whoever's fault it is: each gets an answer of its own
         for part in parts:
             _encode_alone(part, perf_counter())
         return

@@ -76,6 +76,14 @@ def test_each_item_has_its_own():
     ]  # fmt: skip
 
 
+def test_no_more_sets_are_remembered_than_fit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attributes, "MANY", 3)
+    monkeypatch.setattr(attributes, "_known_tags", {})
+    for i in range(20):
+        assert one(genres=[f"g{i}"]) == {"f_genres": f"tg{i}", HAS: "f_genres"}
+        assert 1 <= len(attributes._known_tags) <= 3
+
+
 @pytest.mark.parametrize(
     "labels", ["|" * 65_000, ["a", *[""] * 4000], [chr(0x400 + i) for i in range(100)], ["x" * 121]]
 )

@@ -151,7 +151,7 @@ def test_a_number_beyond_those_of_the_training_rows_is_clipped():
         ([1.0], "/0/x", "expected a list of 2 numbers, got a list of 1"),
         ([], "/0/x", "expected a list of 2 numbers, got a list of 0"),
         ("ab", "/0/x", "got the string 'ab'"),
-        ({"0": 1, "1": 2}, "/0/x", "got the object"),
+        ({"0": 1, "1": 2}, "/0/x", "got an object of 2"),
         ([1.0, "2"], "/0/x/1", "expected a number, got the string '2'"),
         ([True, 1.0], "/0/x/0", "got the boolean True"),
         ([1.0, None], "/0/x/1", "expected a finite number, got null"),

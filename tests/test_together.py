@@ -62,6 +62,27 @@ async def test_a_wrong_value_fails_its_own_request_alone(version):
         np.testing.assert_allclose(answer[0].vectors, version.encode([item]).vectors, atol=1e-6)
 
 
+async def test_an_error_that_nobody_thought_of_fails_its_own_request_alone(version, monkeypatch):
+    encode, strange = ModelVersion.encode, {"price": 7}
+
+    def failing(self, items, pointer=""):
+        if strange in items:
+            raise RecursionError
+        return encode(self, items, pointer)
+
+    monkeypatch.setattr(ModelVersion, "encode", failing)
+    together = Together()
+    first, wrong, last = await asyncio.wait_for(
+        asyncio.gather(
+            *(together.encode(version, items, "/input") for items in (TOYS[:1], [strange], TOYS[1:2])),
+            return_exceptions=True,
+        ),
+        timeout=5,
+    )
+    assert isinstance(wrong, RecursionError)
+    assert (len(first[0].vectors), len(last[0].vectors)) == (1, 1)
+
+
 async def test_a_call_has_no_more_requests_than_its_bound(version, calls):
     together = Together()
     await asyncio.gather(*(together.encode(version, TOYS[:1], "") for _ in range(AT_ONCE + 1)))
