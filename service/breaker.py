@@ -2,8 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from itemvec.errors import StoreUnavailable
+
+FAILURES: Final = 5
+"""In a row, which open it."""
 
 
 class Breaker:
@@ -16,7 +20,7 @@ class Breaker:
 
     def __init__(
         self,
-        failures: int = 5,
+        failures: int = FAILURES,
         pause: float = 0.1,
         longest: float = 1.0,
         clock: Callable[[], float] = time.monotonic,

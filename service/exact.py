@@ -134,7 +134,10 @@ class Table:
                 self._numbers[field][row] = np.nan
             else:
                 for tag in text.split(","):
-                    self._rows_of[field, tag].discard(row)
+                    rows = self._rows_of[field, tag]
+                    rows.discard(row)
+                    if not rows:
+                        del self._rows_of[field, tag]
 
     def _column(self, field: str) -> NDArray[np.float64]:
         if field not in self._numbers:

@@ -5,7 +5,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,6 +177,14 @@ class Indexes:
         """It may have been made again in another form: the next call reads it once more."""
         self._known.pop((name, fp), None)
         self._exact.pop((name, fp), None)
+
+    def keep(self, name: str, live: Collection[str]) -> None:
+        """Frees the memory of the model's other indexes. Whichever replica dropped them, no search comes here that
+        would notice."""
+        for model, fp in [*self._exact]:
+            if model == name and fp not in live:
+                self._exact[model, fp].close()
+                self.forget(model, fp)
 
     async def remove_if_orphan(self, name: str, fp: str, keys: Sequence[bytes]) -> None:
         """Removes the vectors of ids that have no item."""

@@ -28,6 +28,9 @@ from service.turns import Turns
 T = TypeVar("T")
 Command = Sequence[Any]
 
+SILENT = 1.0
+"""Seconds without an answer after which a server may hang. One that is busy answers something all the time."""
+
 NO_ENGINE = (
     "Redis at {address} has no query engine, which the index modes flat and hnsw need: use Redis 8 or Redis Stack, "
     "set ITEMVEC_INDEX=exact, or unset REDIS_URL for the embedded server"
@@ -48,10 +51,22 @@ class ServerInfo:
 
 class Link:
     def __init__(
-        self, url: str, *, timeout: float, connections: int, changed: Callable[[bool], None] | None = None
+        self,
+        url: str,
+        *,
+        timeout: float,
+        connections: int,
+        changed: Callable[[bool], None] | None = None,
+        scout: "Link | None" = None,
     ) -> None:
-        """`timeout`: seconds of one call. `changed`: told when the breaker opens (True) and closes."""
+        """`timeout`: seconds of one call. `changed`: told when the breaker opens (True) and closes. `scout`: a link to
+        the same server whose calls are short. It finds out whether the server answers where it has been silent, so that
+        a long call to one that hangs fails as soon as a short one."""
         self.timeout = timeout
+        self.heard = float("-inf")
+        """When the server last answered, by the monotonic clock."""
+
+        self._scout = scout
         self.address = without_secrets(url)
         self.breaker = Breaker(changed=changed)
         self._url = url
@@ -182,6 +197,10 @@ class Link:
             return client
 
     async def _run(self, call: Callable[[], Awaitable[T]]) -> T:
+        if self._scout is not None:
+            silent = time.monotonic() - max(self.heard, self._scout.heard) > SILENT
+            if silent or self._scout.breaker.is_open:
+                await self._scout.each_node("PING")
         # Waiting for a turn is not the server's time: many calls at once are no reason to think it dead. If it
         # is, those before us find out, the breaker opens, and nobody waits any longer.
         if self._turns.all_taken():
@@ -196,23 +215,24 @@ class Link:
             self.breaker.enter()
             began = time.monotonic()
             result = await _within(self.timeout, lambda: _once_more(call))
-        except (errors.ConnectionError, errors.TimeoutError, errors.RedisClusterException, OSError) as error:
-            self.breaker.failure()
-            raise self._unavailable(error) from error
         except errors.ResponseError as error:
             self.breaker.success()
             if (reason := self._refused(error)) is not None:
                 raise reason from error
             raise
+        except (*_UNREACHED, errors.TimeoutError, OSError) as error:
+            self.breaker.failure()
+            raise self._unavailable(error) from error
         finally:
             self._turns.give_back(None if began is None else time.monotonic() - began)
         self.breaker.success()
+        self.heard = time.monotonic()
         return result
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         if isinstance(error, errors.BusyLoadingError):
             return StoreUnavailable(f"Redis at {self.address} is still loading its data", retry_after=5.0)
-        if isinstance(error, errors.ConnectionError | errors.RedisClusterException):
+        if isinstance(error, _UNREACHED):
             return StoreUnavailable(f"Redis at {self.address}: {error}")
         return StoreUnavailable(f"Redis at {self.address} did not answer in {self.timeout:g} s")
 
@@ -295,6 +315,9 @@ async def _within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
         finally:
             timer.cancel()
 
+
+_UNREACHED = (errors.ConnectionError, errors.RedisClusterException, errors.ClusterError)
+"""`ClusterError`: a slot that is being moved to another node stayed under way for all tries of the client."""
 
 _PASSING = (errors.ReadOnlyError, errors.NoPermissionError, errors.ClusterDownError, errors.TryAgainError)
 

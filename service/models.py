@@ -34,6 +34,7 @@ from itemvec.errors import (
 )
 from itemvec.registry import CHAMPION, PREVIOUS, Registry
 from itemvec.version import Encoding, ModelVersion
+from service.breaker import FAILURES
 from service.cache import EncodeCache
 from service.config import NO_CHAMPION, ServiceConfig
 from service.metrics import Metrics
@@ -352,15 +353,29 @@ class LoadedModels:
                         trace = None if isinstance(error, ItemvecError) else error
                         log.warning("cannot follow the registry for model %s: %s", name, error, exc_info=trace)
                     said[name] = str(error)
+                    if isinstance(error, StoreUnavailable):
+                        await self._look_at_the_store()
+
+    async def _look_at_the_store(self) -> None:
+        """Answers say that it is down from now on, and not some polls later, also where nobody but these calls it."""
+        for _ in range(FAILURES):
+            with contextlib.suppress(ItemvecError):
+                await self._store.ping()
+                return
 
     async def _follow(self, name: str) -> None:
+        served = self._champions.get(name)
         wanted = (await self.in_thread(self.registry.aliases, name)).get(CHAMPION)
         if wanted is None:
             return
         version = await self.get(f"{name}@{wanted}")
-        if name not in self._champions:  # a model that was published after the start
+        if served is None:  # a model that was published after the start
             await self.commit_version(name, wanted)
-        if version.fingerprint in await self._read_searchable(name):
+            served = self._champions[name]
+        searchable = await self._read_searchable(name)
+        if self._champions.get(name) is not served:  # a promotion has come first, and what was read is of before
+            return
+        if version.fingerprint in searchable:
             await self.commit_version(name, wanted)
         elif self._behind is not None:
             await self._behind(name, wanted)

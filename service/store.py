@@ -7,7 +7,7 @@ are stored only while the item still has the `rev` they were made from.
 """
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -109,7 +109,7 @@ class Store:
         it is back.
         """
         self._hot = Link(url, timeout=timeout, connections=max_connections, changed=changed)
-        self._bulk = Link(url, timeout=bulk_timeout, connections=4)
+        self._bulk = Link(url, timeout=bulk_timeout, connections=4, scout=self._hot)
         self.address = self._hot.address
         self.leases = Leases(self._hot)
         self.cache = SharedCache(self._hot)
@@ -166,6 +166,7 @@ class Store:
             [("HGETALL", space.live), ("SMEMBERS", space.ready), ("HGETALL", space.indexes)]
         )
         known = self._note_live(name, live).keys()
+        self.indexes.keep(name, known)
         for fp, record in indexes.items():
             index = Index.from_bytes(record)
             if index.mode == "exact" and fp.decode() in known:
@@ -486,9 +487,10 @@ class Store:
         return live
 
 
-def _most(indexes: Iterable[Index]) -> int:
+def _most(indexes: Collection[Index]) -> int:
     """Items that one script may write: into a graph each takes as long as ten into another index."""
-    return GRAPH_SCRIPT if any(index.mode == "hnsw" for index in indexes) else SCRIPT
+    most = GRAPH_SCRIPT if any(index.mode == "hnsw" for index in indexes) else SCRIPT
+    return max(1, most // max(1, len(indexes)))
 
 
 def _put_command(

@@ -12,6 +12,7 @@ import serving
 from serving import DIM, ITEMS, TOY, Running, assert_problem, eventually, post
 from storing import kill
 
+from service import link, models
 from service.config import ServiceConfig
 from service.redis_server import EmbeddedRedis
 
@@ -59,13 +60,18 @@ async def test_encoding_goes_on_and_what_needs_the_store_is_refused_soon_until_r
     over_redis: tuple[Running, EmbeddedRedis],
     stop: Callable[[EmbeddedRedis], None],
     resume: Callable[[EmbeddedRedis], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     service, server = over_redis
+    monkeypatch.setattr(link, "SILENT", 0.0)  # as if Redis had been silent for long
     assert degraded(service) == 0
+    many = [{"id": f"many {i}", **TOY} for i in range(100)]
     calls: dict[str, Callable[[], Any]] = {
         "similar": lambda: post(service, "/v1/similar", {"id": "toy 3"}),
         "similar to an item": lambda: post(service, "/v1/similar", {"item": TOY}),
         "put": lambda: service.client.put("/v1/items/new", json=TOY),
+        "put many": lambda: post(service, "/v1/items", {"items": many}),
+        "many queries": lambda: post(service, "/v1/similar", {"queries": [{"id": f"toy {i % 40}"} for i in range(70)]}),
         "get": lambda: service.client.get("/v1/items/toy%203"),
         "delete": lambda: service.client.delete("/v1/items/toy%204"),
     }
@@ -96,3 +102,24 @@ async def test_encoding_goes_on_and_what_needs_the_store_is_refused_soon_until_r
     assert {neighbor["id"] for neighbor in found} >= set(ITEMS) - {"toy 3", "toy 4"}  # "toy 4" as Redis had got to it
     assert "degraded" not in (await post(service, "/v1/embeddings", {"input": [TOY]})).json()
     assert degraded(service) == 0
+
+
+async def test_answers_say_that_the_store_is_down_soon_where_nobody_else_calls_it(
+    tmp_path: Path, toy_registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "YOUNG_SECONDS", 0.0)
+    with EmbeddedRedis(tmp_path) as server:
+        async with serving.running(
+            toy_registry, server.url, registry_poll_seconds=1.0, store_timeout=DEFAULT
+        ) as service:
+            hang(server)
+            try:
+                began = clock.now()
+
+                async def says_so() -> bool:
+                    return bool((await post(service, "/v1/embeddings", {"input": [TOY]})).json().get("degraded"))
+
+                await eventually(says_so)
+                assert clock.now() - began < 3.0  # a poll of the registry and five short calls, not five polls
+            finally:
+                go_on(server)

@@ -150,6 +150,22 @@ async def test_a_version_that_was_dropped_or_made_anew_is_not_answered_from_memo
     assert await found(two) == []
 
 
+async def test_a_replica_frees_the_vectors_of_a_version_that_another_one_dropped(
+    replicas: tuple[Store, Store],
+) -> None:
+    one, two = replicas
+    await one.indexes.ensure("m", "bb", 2)
+    await one.mark_live("m", "bb", "m@2")
+    for fp in ("aa", "bb"):
+        await one.mark_ready("m", fp)
+    await two.ready("m")
+    assert {fp for _, fp in two.indexes._exact} == {"aa", "bb"}
+    await one.unmark_live("m", "aa")
+    await one.indexes.drop("m", "aa")
+    await two.ready("m")  # as each replica asks every few seconds
+    assert {fp for _, fp in two.indexes._exact} == {"bb"}
+
+
 async def test_items_and_leases_on_a_cluster_are_as_on_one_server(redis_of: str) -> None:
     async with Store(redis_of, timeout=5.0, index="exact") as store:
         info = await store._bulk.server_info()

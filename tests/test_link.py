@@ -112,6 +112,19 @@ async def test_calls_whose_connection_is_lost_are_sent_again(empty_redis: str, r
         assert [item.id for item in await asyncio.gather(*calls)] == ["tt1"] * 5
 
 
+async def test_a_slot_that_is_being_moved_is_a_store_that_cannot_answer_now(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await go_live(store)
+
+    async def moving(*_: object) -> object:
+        raise redis.exceptions.ClusterError("TTL exhausted.")
+
+    monkeypatch.setattr(store._hot._client, "execute_command", moving)
+    with pytest.raises(StoreUnavailable, match="TTL exhausted"):
+        await store.live("movies")
+
+
 async def test_many_calls_at_once_wait_for_each_other(store: Store) -> None:
     await go_live(store)
     ids = [str(i) for i in range(500)]

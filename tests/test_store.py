@@ -224,6 +224,10 @@ async def test_many_items_at_once(store: Store) -> None:
     found = await store.get_vectors("movies", "aa", ids)
     assert np.array_equal(np.stack([vector for vector in found if vector is not None]), vectors)
     assert await store.indexes.status("movies", "aa") == IndexStatus("flat", 2, 2000, 1.0, 0)
+    some = [f"tt{i}" for i in range(1000, 3000)]
+    again = await store.put("movies", [*some, "tt1"], [b"{}"] * 2001, {"aa": np.ones((2001, 2), np.float32)})
+    assert again.created == [False] * 1000 + [True] * 1000 + [False]
+    await store.delete("movies", some[1000:])
     assert await store.delete("movies", [*ids[:1999], "none"]) == [True] * 1999 + [False]
     assert await store.count("movies") == 1
 
