@@ -94,7 +94,7 @@ class Client:
 
     def similar(self, query: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
         """Neighbors of a query as `POST /v1/similar` takes it: `{"id": ..., "k": 5}`."""
-        return self.call("POST", "/v1/similar", {**query, "model": model})
+        return self.call("POST", "/v1/similar", {**query, "model": model or query.get("model")})
 
     def decode(self, embeddings: Sequence[Sequence[float]], model: str | None = None) -> list[dict[str, Any]]:
         """The columns of each embedding, read back: name -> value, missing, candidates."""

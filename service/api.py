@@ -105,7 +105,7 @@ class Api:
         """Every call of the API. The documentation is made from this table too."""
         releases = self._releases
         of_model = {"model": "A model's name; the default model if left out"}
-        read, write = (401, 403, 404, 422, 429, 503), (400, 401, 403, 404, 413, 415, 422, 429, 503)
+        read, write = (400, 401, 403, 404, 422, 429, 503), (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)
         table = [
             Operation(
                 "POST", "/v1/embeddings", self.embeddings, "Encode items", "embeddings", "read",
@@ -442,7 +442,7 @@ class Api:
         """None where a value has a wrong type: item by item it is found out which are good."""
         began = perf_counter()
         try:
-            return (await self._models.encode_table(version, table))[0]
+            return (await self._measured.here(request, len(table), self._models.encode_table(version, table)))[0]
         except InvalidItem:
             return None
         finally:
@@ -458,7 +458,8 @@ class Api:
                 request.took(part, since)
 
         ids, items, raws = zip(*entries, strict=True)
-        stored = await self._writer.upsert(version, ids, items, raws, took, encoding)
+        while_here = partial(self._measured.here, request, len(items))
+        stored = await self._writer.upsert(version, ids, items, raws, took, while_here, encoding)
         self._metrics.columns(version.ref, stored.statuses)
         return stored
 

@@ -119,7 +119,7 @@ class EncodeCache:
             if self._mode == "redis":
                 made = await self._fetch(version, list(here))
                 tally["redis"] += sum(keys[i] in made for i in mine)
-            if unknown := [i for i in mine if keys[i] not in made]:
+            if unknown := [*{keys[i]: i for i in mine if keys[i] not in made}.values()]:
                 tally["miss"] += len(unknown)
                 encoding, waited = await self._compute(items, unknown, pointer, compute)
                 # Copies, since a row of a large array would keep all of it in memory.

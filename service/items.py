@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -93,16 +93,19 @@ class ItemWriter:
         items: Sequence[Item],
         raws: Sequence[bytes],
         took: Callable[[str, float], None],
+        while_here: Callable[[Coroutine[Any, Any, Fitting]], Awaitable[Fitting]],
         encoding: Encoding | None = None,
     ) -> Upserted:
         """Stores the items that `version` can encode.
 
-        `took(part, since)` is told when the parts "encode" and "store" began, as each one ends. `encoding` is what
-        `version` made of the items before.
+        `took(part, since)` is told when the parts "encode" and "store" began, as each one ends. `while_here(work)` does
+        the encoding, and may end it by an exception if nobody waits for it any more: once it is done all goes on to
+        the end, since what is stored has to be in every live version. `encoding` is what `version` made of the items
+        before.
         """
         began = perf_counter()
         if encoding is None:
-            fitting = await encode_fitting(self._models, version, items)
+            fitting = await while_here(encode_fitting(self._models, version, items))
         else:
             fitting = Fitting(range(len(items)), encoding.vectors, encoding.statuses, {})
         if fitting.errors:

@@ -70,7 +70,7 @@ class Measured:
             return _Encoded(encoding, seconds, write(given, encoding))
 
         items = ROWS_AT_ONCE if rows is None else len(rows[1])
-        done, waited, _ = await self._here(request, items, self._models.compute(items, at_once))
+        done, waited, _ = await self.here(request, items, self._models.compute(items, at_once))
         if isinstance(done, _Encoded):
             request.waited(waited, done.seconds)
             self._metrics.encoded(version.ref, len(done.encoding.vectors), done.seconds)
@@ -85,13 +85,13 @@ class Measured:
     ) -> Encoding:
         request.model = version.ref
         began = perf_counter()
-        encoding, waited = await self._here(request, items, work)
+        encoding, waited = await self.here(request, items, work)
         request.waited(waited, perf_counter() - began - waited)
         self._metrics.columns(version.ref, encoding.statuses)
         return encoding
 
     @staticmethod
-    async def _here(request: Request, items: int, work: Coroutine[Any, Any, T]) -> T:
+    async def here(request: Request, items: int, work: Coroutine[Any, Any, T]) -> T:
         """What waits for a thread need not be done if nobody waits for it."""
         return await (work if items <= INLINE_ITEMS else request.while_here(work))
 

@@ -9,6 +9,7 @@ from itemvec.errors import ModelNotFound, StoreUnavailable
 from itemvec.registry import Registry
 from itemvec.runs import Runs
 from itemvec.schema import FeatureSchema
+from itemvec.version import ModelVersion
 from service import requests
 from service.attributes import filterable
 from service.edge import Answer, Request
@@ -24,14 +25,14 @@ class Releases:
     async def list_models(self, _: Request) -> Answer:
         """The models of the registry: their versions, their aliases, and what is served."""
         names = await self._models.in_thread(self._models.registry.names)
-        data = [await self._described(name) for name in names]
+        data = [await self._described(name, self._models.serving.get(name)) for name in names]
         return Answer.json({"object": "list", "data": data})
 
     async def get_model(self, request: Request) -> Answer:
         """A model with the schema and the evaluation of the version that is served."""
         name = requests.read_path_segment(request.params[0])
-        described = await self._described(name)
         champion = self._models.serving.get(name)
+        described = await self._described(name, champion)
         described["item_schema"] = champion and champion.schema.json_schema()
         described["evaluation"] = champion and champion.evaluation
         return Answer.json(described)
@@ -83,10 +84,9 @@ class Releases:
         found = runs.newest() if name is None else runs.of(name, 50)
         return [run.model_dump(mode="json") for run in found]
 
-    async def _described(self, name: str) -> dict[str, Any]:
-        """A model as the registry and the store know it."""
+    async def _described(self, name: str, champion: ModelVersion | None) -> dict[str, Any]:
+        """A model as the registry and the store know it, of which `champion` is served."""
         versions, aliases = await self._models.in_thread(_read_model, self._models.registry, name)
-        champion = self._models.serving.get(name)
         items = index = None
         with contextlib.suppress(StoreUnavailable):
             items = await self._store.count(name)

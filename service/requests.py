@@ -204,7 +204,9 @@ def read_entries(items: list[Any], ids: list[Any], limits: Limits, size: int) ->
         elif type(item) is dict:
             item_id = read_item_id(given, f"{pointer}/id", errors)
             if item_id is not None and last[item_id] != i:
-                errors.append(FieldError(f"{pointer}/id", f"comes again at /items/{last[item_id]}, which is kept"))
+                errors.append(
+                    FieldError(f"{pointer}/id", f"comes again at /items/{last[item_id]}: the last one counts")
+                )
         if errors or item_id is None:
             entries.append(RefusedEntry(item_id, errors))
         else:

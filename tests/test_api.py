@@ -155,6 +155,23 @@ async def test_an_item_nested_too_deeply_is_refused(toys: Running) -> None:
     assert_problem(await toys.client.put("/v1/items/x", content=body, headers=JSON), 422, "")
 
 
+@pytest.mark.parametrize("column", ["maker", "tags", "price", "age", "name", "added"])
+async def test_a_value_nested_as_deeply_as_json_is_read_is_refused_by_its_place(toys: Running, column: str) -> None:
+    nested = b'{"a":' * 1015 + b"1" + b"}" * 1015
+    body = b'{"input": [{"%b": %b}]}' % (column.encode(), nested)
+    answer = await toys.client.post("/v1/embeddings", content=body, headers=JSON)
+    assert_problem(answer, 422, f"/input/0/{column}")
+    where = b'{"id": "x", "filter": {"eq": {"%b": %b}}}' % (column.encode(), nested)
+    assert (await toys.client.post("/v1/similar", content=where, headers=JSON)).status_code == 422
+
+
+async def test_an_id_whose_last_item_is_wrong_is_not_said_to_be_kept(toys: Running) -> None:
+    items = [{"id": "a", "price": 1}, {"id": "a", "price": "much"}]
+    first, last = (await post(toys, "/v1/items", {"items": items})).json()["items"]
+    assert first["problem"]["errors"][0]["detail"] == "comes again at /items/1: the last one counts"
+    assert last["problem"]["errors"][0]["pointer"] == "/items/1/price"
+
+
 async def test_bulk_keeps_the_good_ones_and_tells_of_each(toys: Running) -> None:
     await toys.client.put("/v1/items/old", json=TOY)
     items = [

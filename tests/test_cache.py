@@ -183,3 +183,20 @@ async def test_what_is_not_looked_up_goes_straight_to_the_encoder(
     for _ in range(2):
         await kept.encode(one.version, items, "", one)
     assert one.calls == [items, items]
+
+
+async def test_copies_of_an_item_in_one_request_are_encoded_once(
+    store: Store, versions: Sequence[ModelVersion]
+) -> None:
+    metrics, other = Metrics(), ITEMS["toy 5"]
+    encoder = Encoder(versions[0])
+    kept = EncodeCache(store, "local", 100, metrics)
+    encoding, _ = await kept.encode(versions[0], [TOY, other, TOY, dict(TOY)], "/input", encoder)
+    assert encoder.calls == [[TOY, other]]
+    expected = versions[0].encode([TOY, other, TOY, TOY]).vectors
+    np.testing.assert_allclose(encoding.vectors, expected, atol=1e-6)
+    assert counted(metrics) == {"miss": 2, "local": 2}
+    wrong = {"price": "much"}
+    with pytest.raises(InvalidItem) as refused:
+        await kept.encode(versions[0], [other, wrong, wrong], "/input", encoder)
+    assert [error.pointer for error in refused.value.errors] == ["/input/1/price", "/input/2/price"]

@@ -59,22 +59,27 @@ async def test_a_caller_that_leaves_is_not_answered(toys: Running) -> None:
     assert await _raw_call(toys, receive, {}) == (None, b"")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": [TOY] * 100}),
+        ("/v1/items", {"items": [{"id": str(i), **TOY} for i in range(100)]}),
+    ],
+)
 async def test_long_work_of_a_caller_that_leaves_is_dropped_and_counted(
-    toys: Running, monkeypatch: pytest.MonkeyPatch
+    toys: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
     busy = threading.Event()
     first = asyncio.create_task(toys.models.compute(1000, lambda: busy.wait(20)))  # the encoder's thread is taken
     await asyncio.sleep(0.05)
-    messages = iter(
-        [{"type": "http.request", "body": orjson.dumps({"input": [TOY] * 100})}, {"type": "http.disconnect"}]
-    )
+    messages = iter([{"type": "http.request", "body": orjson.dumps(body)}, {"type": "http.disconnect"}])
 
     async def receive() -> dict[str, Any]:
         return next(messages)
 
     encoded: list[int] = []
     monkeypatch.setattr(ModelVersion, "encode", lambda _, items, __="": encoded.append(len(items)))
-    assert await _raw_call(toys, receive, {}) == (None, b"")  # at once, though the thread is still taken
+    assert await _raw_call(toys, receive, {}, path) == (None, b"")  # at once, though the thread is still taken
     busy.set()
     await first
     await toys.models.compute(1000, lambda: None)  # whatever waited for the thread has had its turn
@@ -82,13 +87,14 @@ async def test_long_work_of_a_caller_that_leaves_is_dropped_and_counted(
     assert 'rejected_requests_total{reason="client_gone"} 1.0' in (await toys.client.get("/metrics")).text
 
 
-async def _raw_call(service: Running, receive: Any, headers: dict[bytes, bytes]) -> tuple[int | None, bytes]:
+async def _raw_call(
+    service: Running, receive: Any, headers: dict[bytes, bytes], path: str = "/v1/embeddings"
+) -> tuple[int | None, bytes]:
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    path = "/v1/embeddings"
     scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
     scope["headers"] = [(b"content-type", b"application/json"), *headers.items()]
     await service.app(scope, receive, send)

@@ -16,7 +16,7 @@ from serving import ITEMS, JSON, TOY, Running, assert_problem, eventually, post
 
 from itemvec.errors import StoreUnavailable
 from itemvec.version import ModelVersion
-from service import index, promote
+from service import index, models, promote
 from service.conditions import Exists
 from service.problems import PromotionRunning
 from service.promote import Job, Promotions
@@ -170,6 +170,43 @@ async def test_searches_and_writes_go_on_through_a_switch(toys: Running) -> None
     for version in (1, 2):
         fingerprint = toys.registry.manifest("toys", version).fingerprint
         assert (await toys.store.indexes.status("toys", fingerprint)).docs == count
+
+
+async def test_a_switch_is_not_undone_by_who_read_the_registry_before_it(
+    tmp_path: Path, toy_registry: Path, empty_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "YOUNG_SECONDS", 0.0)
+    registry = serving.copied(toy_registry, tmp_path / "registry")
+    async with serving.running(registry, empty_redis, registry_poll_seconds=3600.0) as service:
+        await service.load()
+        await service.promote(2)
+        ready, switches = service.store.ready, [1]
+
+        async def meanwhile(name: str) -> set[str]:
+            if switches:
+                await service.promote(switches.pop())
+            return await ready(name)
+
+        monkeypatch.setattr(service.store, "ready", meanwhile)
+        await service.models._follow("toys")
+        assert service.models.champion("toys").version == 1
+
+
+async def test_the_description_of_a_model_is_of_one_version_through_a_switch(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = serving.publish(toys.registry, 4, price="nominal")
+    count, switches = toys.store.count, [version]
+
+    async def switched(name: str) -> int:
+        if switches:
+            await toys.promote(switches.pop())
+        return await count(name)
+
+    before = (await toys.client.get("/v1/models/toys/versions/1")).json()["item_schema"]
+    monkeypatch.setattr(toys.store, "count", switched)
+    body = (await toys.client.get("/v1/models/toys")).json()
+    assert (body["model"], body["item_schema"]) == ("toys@1", before)
 
 
 async def test_writes_at_the_same_time_need_not_ask_what_is_live(
