@@ -183,7 +183,6 @@ class Indexes:
         would notice."""
         for model, fp in [*self._exact]:
             if model == name and fp not in live:
-                self._exact[model, fp].close()
                 self.forget(model, fp)
 
     async def remove_if_orphan(self, name: str, fp: str, keys: Sequence[bytes]) -> None:
