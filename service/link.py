@@ -216,7 +216,7 @@ class Link:
             began = time.monotonic()
             result = await _within(self.timeout, lambda: _once_more(call))
         except errors.ResponseError as error:
-            self.breaker.success()
+            self._answered()
             if (reason := self._refused(error)) is not None:
                 raise reason from error
             raise
@@ -225,9 +225,12 @@ class Link:
             raise self._unavailable(error) from error
         finally:
             self._turns.give_back(None if began is None else time.monotonic() - began)
+        self._answered()
+        return result
+
+    def _answered(self) -> None:
         self.breaker.success()
         self.heard = time.monotonic()
-        return result
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         if isinstance(error, errors.BusyLoadingError):

@@ -88,6 +88,8 @@ def test_what_the_service_refuses_is_an_error_that_says_why(client: Client) -> N
 
 
 def test_neighbors_and_columns_come_as_the_service_gives_them(client: Client, model: ModelVersion) -> None:
+    with pytest.raises(ServiceProblem, match="404"):  # a model that the query names is the one that is asked
+        client.similar({"id": "toy 3", "model": "nobody@1"})
     answer = client.similar({"id": "toy 3", "k": 2, "filter": {"eq": {"maker": "Ada"}}}, "toys")
     assert len(answer["neighbors"]) == 2
     [columns] = client.decode(model.encode([TOY]).vectors, "toys")

@@ -14,11 +14,11 @@ from storing import Vectors, go_live, restart, rows, turned
 
 from itemvec.errors import ItemNotFound, StoreUnavailable
 from service import scripts
-from service.index import Mode, read_neighbors
+from service.index import Index, Mode, read_neighbors
 from service.indexes import IndexStatus
 from service.keys import CHUNK, bucket_of, round_trips
 from service.redis_server import EmbeddedRedis
-from service.store import Encoded, Neighbor, Query, Store
+from service.store import Encoded, Neighbor, Query, Store, _most
 
 pytestmark = pytest.mark.anyio
 
@@ -201,6 +201,11 @@ def test_each_item_is_in_one_script_of_its_bucket_and_copies_of_an_id_stay_in_or
     for key in set(keys):
         places = [i for _, positions in scripts_sent for i in positions if keys[i] == key]
         assert places == sorted(places)
+
+
+def test_a_script_is_no_longer_for_a_graph_nor_for_several_versions() -> None:
+    flat, graph = Index("flat", 2, {}), Index("hnsw", 2, {})
+    assert [_most(indexes) for indexes in ([flat], [graph], [flat, flat], [flat, graph], [])] == [32, 8, 16, 4, 32]
 
 
 async def test_nothing_to_write_is_no_error(store: Store) -> None:
