@@ -7,6 +7,7 @@ all bags (each row once, ascending; what they count; whether they are known) is 
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,9 @@ class Bagging:
                 bag = column.bag(value, i, notes)
                 if bag[0] < FIRST or bag[-1] >= shared:
                     notes.mark(column.feature.name, column.status(bag), i)
-                length = len(bag)
+                length, step = len(bag), column.step
                 rows += [base + row for row in bag]
-                weights += [column.weight(bag)] * length
+                weights += [1.0 / sqrt(length) if step is None or bag[0] < FIRST else step] * length
                 lengths.append(length)
         by_item = np.array(lengths, np.int32).reshape(len(items), len(self._each))
         return np.array(rows, np.int64), np.array(weights, np.float32), by_item

@@ -58,10 +58,6 @@ class BagColumn(ABC):
         """The same of an Arrow column that need not become Python values; None where it has to."""
         return None
 
-    def weight(self, bag: Sequence[int]) -> float:
-        """What each row of the bag counts in its sum."""
-        return 1.0 / math.sqrt(len(bag)) if self.step is None or bag[0] < FIRST else self.step
-
     def status(self, bag: Sequence[int]) -> Status:
         """Of a bag with a row that does not stand for one known label."""
         if bag[0] == MISSING:
@@ -82,6 +78,7 @@ class LabelColumn(BagColumn):
         self.feature = feature
         self.vocabulary = vocabulary
         self._type: Any = PYTHON_TYPES[feature.dtype]
+        self._types = {self._type, type(None)}
 
     @classmethod
     def fit(cls, feature: Nominal | Multi, column: pa.ChunkedArray) -> "LabelColumn":
@@ -107,7 +104,7 @@ class LabelColumn(BagColumn):
 
     def _are_labels(self, values: Collection[Any]) -> bool:
         """Are they all labels of the column's type, or null?"""
-        return set(map(type, values)) <= {self._type, type(None)}
+        return self._types.issuperset(map(type, values))
 
     def _arrow_rows(self, labels: pa.Array) -> Ints | None:
         """(len(labels),) their rows; None where they are not of the column's type, or one is no text."""
@@ -146,6 +143,9 @@ class NominalColumn(LabelColumn):
         return None if rows is None else [(rows, np.ones(len(rows), np.int64))]
 
 
+SETS = tuple, set, frozenset, list
+
+
 class MultiColumn(LabelColumn):
     """A set of labels, a row each. One without labels says nothing and is missing. Rows are sorted: the order of a set
     must not move a single bit."""
@@ -155,7 +155,7 @@ class MultiColumn(LabelColumn):
     def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
         separator = self.feature.separator
         bag: list[int] = []
-        if isinstance(value, list | tuple | set | frozenset):
+        if type(value) is list or isinstance(value, SETS):
             bag = self._rows(value, i, notes)
         elif separator is not None and isinstance(value, str):
             bag = self._rows(value.split(separator), i, notes)

@@ -39,6 +39,11 @@ class DenseColumn(ABC):
     def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         """(n, width); values that all are numbers may come as an array."""
 
+    def floats(self, value: Any, notes: Notes) -> Sequence[float]:
+        """(width,) of a lone item's value. A column whose calls into numpy take longer than their work does without."""
+        alone: list[float] = self.encode([value], notes)[0].tolist()
+        return alone
+
     @abstractmethod
     def decode(self, floats: npt.NDArray[np.floating[Any]]) -> Any:
         """(targets,) floats as the decoder reads them back -> the value in its own unit, as JSON; within the range of
@@ -63,22 +68,32 @@ class DenseColumn(ABC):
             notes.mark_all(name, "missing", np.isnan(given))
             notes.mark_all(name, "clipped", (given < low) | (given > high))
             return np.minimum(np.maximum(given, low), high)
-        numbers = np.empty(len(values))
-        for i, value in enumerate(values):
-            number = None
-            if value is not None:
-                try:
-                    number = read(value)
-                except (TypeError, ValueError, OverflowError):
-                    notes.wrong(i, name, expected, value)
-            if number is None or number != number:
-                number = np.nan
-                notes.mark(name, "missing", i)
-            elif not low <= number <= high:
-                number = low if number < low else high
-                notes.mark(name, "clipped", i)
-            numbers[i] = number
-        return numbers
+        return np.array([self._number(value, i, read, expected, low, high, notes) for i, value in enumerate(values)])
+
+    def _number(
+        self,
+        value: Any,
+        i: int,
+        read: Callable[[Any], float | None],
+        expected: str,
+        low: float,
+        high: float,
+        notes: Notes,
+    ) -> float:
+        """The same of one value; `i` is its item's place."""
+        number = None
+        if value is not None:
+            try:
+                number = read(value)
+            except (TypeError, ValueError, OverflowError):
+                notes.wrong(i, self.feature.name, expected, value)
+        if number is None or number != number:
+            notes.mark(self.feature.name, "missing", i)
+            return math.nan
+        if not low <= number <= high:
+            notes.mark(self.feature.name, "clipped", i)
+            return low if number < low else high
+        return number
 
 
 def _plain(values: Sequence[Any] | Floats) -> Floats | None:
@@ -140,7 +155,8 @@ class NumericColumn(DenseColumn):
         scaled = fitted._scaled(values)
         return cls(feature, low, high, float(scaled.mean()), float(scaled.std()) or 1.0, knots, edges)
 
-    def _scaled(self, values: Floats) -> Floats:
+    def _scaled(self, values: Any) -> Any:
+        """Of an array, or of one number."""
         if self.feature.scale == "log":
             return np.log1p(values)
         if self.feature.scale == "quantile":
@@ -149,8 +165,6 @@ class NumericColumn(DenseColumn):
 
     def encode(self, values: Sequence[Any] | Floats, notes: Notes) -> npt.NDArray[np.float32]:
         numbers = self._numbers(values, number, "a number", self.low, self.high, notes)
-        if len(numbers) == 1:
-            return np.array([self._floats(numbers)], np.float32)
         out = np.zeros((len(values), self.width), np.float32)
         out[:, 0] = (self._scaled(numbers) - self.mean) / self.std
         if self.bins:
@@ -162,16 +176,15 @@ class NumericColumn(DenseColumn):
             out[missing, -1] = 1.0
         return out
 
-    def _floats(self, only: Floats) -> list[float]:
-        """What `encode` makes of one number. Its calls into numpy take three times as long as so little work."""
-        value = only.item()
+    def floats(self, value: Any, notes: Notes) -> Sequence[float]:
+        value = self._number(value, 0, number, "a number", self.low, self.high, notes)
         if value != value:
             return [0.0] * (self.width - 1) + [1.0]
         full = max(0, min(bisect_right(self._steps, value) - 1, self.bins))
         parts = [1.0] * full + [0.0] * (self.bins - full)
         if full < self.bins:
             parts[full] = max(0.0, (value - self._steps[full]) / (self._steps[full + 1] - self._steps[full]))
-        return [(self._scaled(only).item() - self.mean) / self.std, *parts, 0.0]
+        return [float(self._scaled(value) - self.mean) / self.std, *parts, 0.0]
 
     def decode(self, floats: npt.NDArray[np.floating[Any]]) -> float:
         scaled = float(floats[0]) * self.std + self.mean

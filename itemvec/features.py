@@ -225,14 +225,19 @@ class FeatureTransform:
         else:
             columns = [column.bags([item.get(name) for item in items], notes) for name, column in self._bags]
             bags = self._bagging.together(columns, n, notes)
-        dense = [column.encode([item.get(name) for item in items], notes) for name, column in self._dense]
+        if n == 1:
+            alone = [x for name, column in self._dense for x in column.floats(items[0].get(name), notes)]
+            dense = np.array([alone], np.float32)
+        else:
+            encoded = [column.encode([item.get(name) for item in items], notes) for name, column in self._dense]
+            dense = _side_by_side(encoded, n)
         if notes.errors:
             raise InvalidItem(notes.errors)
         for i, item in enumerate(items):
             if not item.keys() <= self._known:
                 for name in item.keys() - self._known:
                     notes.mark(name, "ignored", i)
-        return Encoded(Batch(_side_by_side(dense, n), *bags), notes.statuses)
+        return Encoded(Batch(dense, *bags), notes.statuses)
 
     def transform_arrow(self, table: pa.Table, pointer: str = "") -> Encoded:
         """As `transform`, of items that come as a table."""

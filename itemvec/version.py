@@ -118,12 +118,8 @@ class ModelVersion:
         self.evaluation = evaluation
         self.schema = transform.schema
         self.name, self.version = manifest.name, manifest.version
+        self.ref = f"{self.name}@{self.version}"
         self.fingerprint, self.dim = manifest.fingerprint, manifest.dim
-
-    @property
-    def ref(self) -> str:
-        """`movies@7`"""
-        return f"{self.name}@{self.version}"
 
     def encode(self, items: Sequence[Mapping[str, Any]], pointer: str = "") -> Encoding:
         """The one way from raw items to vectors: HTTP, the command line, backfill and training all call it.

@@ -121,6 +121,7 @@ class Service:
         from service.listener import listen, listen_for_haproxy  # noqa: PLC0415
         from service.models import LoadedModels  # noqa: PLC0415
         from service.store import Store  # noqa: PLC0415
+        from service.together import Unbegun  # noqa: PLC0415
 
         config = self._config
         torch.set_num_threads(config.torch_threads)
@@ -131,7 +132,9 @@ class Service:
             index=config.index,
             changed=self._metrics.degraded,
         )
-        self._models = LoadedModels(Registry(config.registry), store, config, self._metrics)
+        ours = self._sockets is not None or config.direct_port is not None
+        unbegun = Unbegun()
+        self._models = LoadedModels(Registry(config.registry), store, config, self._metrics, unbegun if ours else None)
         # Not by the application's lifespan: Serve keeps the reason of a failure there to itself.
         await self._models.start()
         # What is here now stays. A full collection of garbage looks at all of it, 100 ms in which nobody is answered.
@@ -145,9 +148,10 @@ class Service:
             self._models, store, self._metrics, config, fleet=self._fleet, metrics_text=self._metrics_of_all
         )
         if config.direct_port is not None:
-            self._listening.append(listen(app, config.host, config.direct_port))
+            self._listening.append(listen(app, config.host, config.direct_port, unbegun))
         if self._sockets is not None:
-            self._listening.append(await listen_for_haproxy(app, socket_of(self._sockets, self._replica.replica_tag)))
+            socket = socket_of(self._sockets, self._replica.replica_tag)
+            self._listening.append(await listen_for_haproxy(app, socket, unbegun))
         return BehindServe(app, self._listening)
 
     async def check_health(self) -> None:

@@ -75,6 +75,8 @@ class EncodeCache:
         if digests is None:
             return await compute(items, pointer)
         keys = [(version.fingerprint, digest) for digest in digests]
+        if len(keys) == 1 and self._mode == "local":
+            return await self._encode_one(version, items, keys[0], pointer, compute)
         found: list[Entry | None] = [None] * len(items)
         waited, tally = 0.0, dict.fromkeys(RESULTS, 0)
         while missing := [i for i, entry in enumerate(found) if entry is None]:
@@ -86,17 +88,44 @@ class EncodeCache:
             elif missing:  # another request is at it, and leaves it in memory; if it fails, it is ours to try
                 await asyncio.shield(self._flying[keys[missing[0]]])
         tally["local"] = len(items) - tally["redis"] - tally["miss"]
-        if self._metrics is not None:
-            for result, count in tally.items():
-                self._metrics.cache(version.ref, result, count)
+        for result, count in tally.items():
+            self._count(version, result, count)
         entries = [entry for entry in found if entry is not None]
         return Encoding(np.array([entry.vector for entry in entries]), [entry.status for entry in entries]), waited
+
+    async def _encode_one(
+        self, version: ModelVersion, items: Sequence[Item], key: Key, pointer: str, compute: Compute
+    ) -> tuple[Encoding, float]:
+        """The same of one item, which nearly every request is, and no other level: half of the work."""
+        while (entry := self._get(key)) is None and (other := self._flying.get(key)) is not None:
+            await asyncio.shield(other)
+        if entry is not None:
+            self._count(version, "local", 1)
+            return Encoding(entry.vector[None], [entry.status]), 0.0
+        self._flying[key] = flying = asyncio.get_running_loop().create_future()
+        try:
+            encoding, waited = await compute(items, pointer)
+        finally:
+            del self._flying[key]
+            flying.set_result(None)
+        self._keep(key, Entry(encoding.vectors[0].copy(), encoding.statuses[0]))
+        self._count(version, "miss", 1)
+        return encoding, waited
+
+    def _count(self, version: ModelVersion, result: str, items: int) -> None:
+        if self._metrics is not None:
+            self._metrics.cache(version.ref, result, items)
 
     def _get(self, key: Key) -> Entry | None:
         entry = self._kept.get(key)
         if entry is not None:
             self._kept.move_to_end(key)
         return entry
+
+    def _keep(self, key: Key, entry: Entry) -> None:
+        self._kept[key] = entry
+        if len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
 
     async def _find(
         self,
@@ -131,9 +160,7 @@ class EncodeCache:
                 del self._flying[key]
             flying.set_result(None)
         for key, entry in made.items():
-            self._kept[key] = entry
-            if len(self._kept) > self._limit:
-                self._kept.popitem(last=False)
+            self._keep(key, entry)
         for i in mine:
             found[i] = made[keys[i]]
         return waited

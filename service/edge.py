@@ -12,11 +12,11 @@ import hmac
 import logging
 import random
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from time import perf_counter
-from types import UnionType
+from types import UnionType, coroutine
 from typing import Any, Final, Literal, TypeVar
 from urllib.parse import parse_qsl, quote
 
@@ -46,7 +46,7 @@ log = logging.getLogger("itemvec.service")
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
+Receive = Callable[[], Coroutine[Any, Any, Message]]
 Send = Callable[[Message], Awaitable[None]]
 Permission = Literal["read", "write", "admin"]
 
@@ -138,22 +138,35 @@ class Request:
         announced = self.headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.max_body:
             raise BodyTooLarge(self.max_body)
-        chunks: list[bytes] = []
-        size, more = 0, True
+        message: Message | None = None
+        receiving, pending = self._receive(), None
+        try:
+            pending = receiving.send(None)
+        except StopIteration as there:  # it came with the head, as nearly always: no clock has to run for it
+            message = there.value
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                whole: bytes = message.get("body", b"")
+                if len(whole) <= self.max_body:
+                    return whole
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while more:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    chunks.append(message.get("body", b""))
-                    more = message.get("more_body", False)
-                    size += len(chunks[-1])
-                    if size > self.max_body:
-                        raise BodyTooLarge(self.max_body)
+                return await self._pieces(await _rest(receiving, pending) if message is None else message)
         except TimeoutError:
             raise BodyTooSlow(BODY_SECONDS) from None
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _pieces(self, message: Message) -> bytes:
+        """The body that begins with this message."""
+        pieces: list[bytes] = []
+        size = 0
+        while message["type"] != "http.disconnect":
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > self.max_body:
+                raise BodyTooLarge(self.max_body)
+            if not message.get("more_body", False):
+                return b"".join(pieces)
+            message = await self._receive()
+        raise ClientGone
 
     async def while_here(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of long work, after the body; drops it and raises `ClientGone` if the caller goes first."""
@@ -172,6 +185,18 @@ class Request:
     async def _left(self) -> None:
         if (await self._receive())["type"] != "http.disconnect":
             await asyncio.Event().wait()  # not what a server may send here, so nothing to learn from
+
+
+@coroutine
+def _rest(begun: Coroutine[Any, Any, T], pending: object) -> Generator[Any, Any, T]:
+    """Waits for a coroutine that has begun, and first for `pending`."""
+    try:
+        yield pending
+    except BaseException:
+        begun.close()
+        raise
+    result: T = yield from begun
+    return result
 
 
 Handler = Callable[[Request], Awaitable[Answer]]
@@ -323,7 +348,7 @@ class Edge:
             return await operation.handler(request)
         self._keys.check(request.headers.get(b"authorization", b""), operation.permission)
         # A misspelt `model` must not be answered by another one.
-        if unknown := request.query.keys() - operation.query.keys():
+        if (query := request.query) and (unknown := query.keys() - operation.query.keys()):
             there = ", ".join(operation.query) or "none"
             detail = f"is no parameter that the query string of this call can have; there is {there}"
             raise InvalidRequest(FieldError(f"/{escaped(name)}", detail) for name in sorted(unknown)[:MAX_ERRORS])

@@ -49,6 +49,10 @@ SPINS: Final = ["option", "splice-request"]
 """With `abortonclose` HAProxy 2.8 turns round and round at 100 % of a core when a caller leaves whose body was larger
 than a buffer and not the first of its connection, and the replica is not told: not before it has answered."""
 
+IDLE_FIRST: Final = "use-server {0} if {{ srv_conn({0}) lt 1 }}"
+"""The first replica that has nothing to do, before the one with the least. Few requests then all go to the same one,
+which has in the processor's caches, and in its own, what it needs."""
+
 SERVER: Final = re.compile(r"(\s+server \S+-(\w+)) (\S+):(\d+) check\b(?!.* backup)")
 """A replica, whose name ends with its id; Serve's own proxy, the last resort, is the backup."""
 
@@ -108,6 +112,7 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
         elif replica and (socket := socket_of(sockets, replica[2])).exists():
             check = f"check addr {replica[3]} port {replica[4]}"
             kept.append(f"{replica[1]} unix@{socket} {check}{line[replica.end() :]} {KEEP}")
+            kept.append(f"    {IDLE_FIRST.format(replica[1].split()[1])}")
         else:
             kept.append(re.sub(r"^(\s+stats socket .*) mode 666 ", r"\1 mode 600 ", line))
     return "\n".join(kept)

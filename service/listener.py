@@ -8,6 +8,7 @@ connection stays with its replica however busy that is, and a replica that ends 
 import asyncio
 import contextlib
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,9 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from itemvec.errors import ConfigError
+from service.together import Unbegun
+
+Application = Callable[..., Awaitable[None]]
 
 COPIED: Final = 65_536
 """Bytes of a body up to which it is copied behind its head; a larger one is sent after it, as it is."""
@@ -24,7 +28,7 @@ BUFFER: Final = 1 << 20
 rest of a bulk answer waits until the event loop comes round again."""
 
 
-def listen(app: Any, host: str, port: int) -> "asyncio.Task[None]":
+def listen(app: Application, host: str, port: int, unbegun: Unbegun) -> "asyncio.Task[None]":
     """Answers until the task is cancelled. Raises `ConfigError` if nobody could listen there."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -33,23 +37,23 @@ def listen(app: Any, host: str, port: int) -> "asyncio.Task[None]":
         listening.bind(address)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}, direct_port {port}: {error.strerror or error}") from None
-    return asyncio.get_running_loop().create_task(_answer(_Server(_settings(app)), listening))
+    return asyncio.get_running_loop().create_task(_answer(_Server(_settings(app, unbegun)), listening))
 
 
-async def listen_for_haproxy(app: Any, path: Path) -> "asyncio.Task[None]":
+async def listen_for_haproxy(app: Application, path: Path, unbegun: Unbegun) -> "asyncio.Task[None]":
     """Answers on the Unix socket `path`, which is there when this returns, until the task is cancelled."""
     # HAProxy decides when an idle connection ends: one that ends as it sends a request is a request that fails.
-    server = _Server(_settings(app, uds=str(path), timeout_keep_alive=3600))
+    server = _Server(_settings(app, unbegun, uds=str(path), timeout_keep_alive=3600))
     task = asyncio.get_running_loop().create_task(_answer(server))
     while not server.started and not task.done():  # noqa: ASYNC110 uvicorn has no event for it
         await asyncio.sleep(0.01)
     return task
 
 
-def _settings(app: Any, **others: Any) -> uvicorn.Config:
+def _settings(app: Application, unbegun: Unbegun, **others: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=_AtOnce, ws="none", lifespan="off", proxy_headers=False, access_log=False, log_level="error",
-        server_header=False, **others,
+        _Counted(app, unbegun), interface="asgi3", http=_AtOnce, ws="none", lifespan="off", proxy_headers=False,
+        access_log=False, log_level="error", server_header=False, **others,
     )  # fmt: skip
 
 
@@ -67,10 +71,25 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
+class _Counted:
+    """The application, and how many of its requests have not begun."""
+
+    def __init__(self, app: Application, unbegun: Unbegun) -> None:
+        self._app, self.unbegun = app, unbegun
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        self.unbegun.count -= 1
+        return self._app(scope, receive, send)
+
+
 class _AtOnce(HttpToolsProtocol):
     """Gives an answer to the system at once: head and body together, and to HAProxy up to `BUFFER` bytes of them."""
 
     transport: "Joining"  # type: ignore[assignment]
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        app.unbegun.count += 1
+        super()._start_asgi_task(cycle, app)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Joining(transport))  # type: ignore[arg-type]

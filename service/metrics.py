@@ -8,12 +8,13 @@ Prometheus like counters that were reset.
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.core import Metric
@@ -29,6 +30,9 @@ SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 """Bounds of the histograms: from under one item's time to the longest that a caller waits."""
 
 Sample = tuple[str, tuple[tuple[str, str], ...], float]
+
+Number = Any
+"""A value of prometheus_client's behind a counter, with its labels: `inc` and `get`."""
 
 
 class Incomplete(StoreUnavailable):
@@ -143,11 +147,12 @@ class Metrics:
             registry=registry,
         )
         self._help = {family.name: family.documentation for family in registry.collect()}
-        self._of_operation: dict[str, tuple[str, str, Histogram]] = {}
-        self._of_answer: dict[tuple[str, int], Counter] = {}
-        self._of_column: dict[tuple[str, str, str], Counter] = {}
-        self._of_model: dict[str, tuple[Counter, Histogram]] = {}
-        self._of_result: dict[tuple[str, str], Counter] = {}
+        self._now = _behind(self._in_flight)
+        self._of_operation: dict[str, tuple[str, str, _Seconds]] = {}
+        self._of_answer: dict[tuple[str, int], Number] = {}
+        self._of_column: dict[tuple[str, str, str], Number] = {}
+        self._of_model: dict[str, tuple[Number, _Seconds]] = {}
+        self._of_result: dict[tuple[str, str], Number] = {}
         self._served: dict[str, tuple[str, str, str]] = {}
 
     # What the parts of the service report. `operation` is "METHOD /path/{pattern}": a label has few values.
@@ -155,19 +160,20 @@ class Metrics:
     def request(self, operation: str, status: int, seconds: float, model: str | None) -> None:
         if (known := self._of_operation.get(operation)) is None:
             method, _, endpoint = operation.rpartition(" ")
-            known = method, endpoint, self._request_seconds.labels(endpoint, method)
+            known = method, endpoint, _Seconds(self._request_seconds.labels(endpoint, method))
             self._of_operation[operation] = known
         method, endpoint, histogram = known
-        if (counter := self._of_answer.get((operation, status))) is None:
-            counter = self._of_answer[operation, status] = self._requests.labels(endpoint, method, str(status))
-        counter.inc()
+        if (number := self._of_answer.get((operation, status))) is None:
+            number = self._of_answer[operation, status] = _behind(self._requests.labels(endpoint, method, str(status)))
+        number.inc(1)
         histogram.observe(seconds)
 
     def encoded(self, model: str, items: int, seconds: float) -> None:
         if (known := self._of_model.get(model)) is None:
-            known = self._of_model[model] = self._items.labels(model), self._encode_seconds.labels(model)
-        counter, histogram = known
-        counter.inc(items)
+            known = _behind(self._items.labels(model)), _Seconds(self._encode_seconds.labels(model))
+            self._of_model[model] = known
+        number, histogram = known
+        number.inc(items)
         histogram.observe(seconds)
 
     def columns(self, model: str, statuses: Sequence[Mapping[str, Status]]) -> None:
@@ -175,9 +181,9 @@ class Metrics:
         for (column, status), times in Statuses.of(statuses).tally().items():
             if status == "ignored":  # its name is the caller's, so there is no end of them
                 column = ""  # noqa: PLW2901
-            if (counter := self._of_column.get((model, column, status))) is None:
-                counter = self._of_column[model, column, status] = self._columns.labels(model, column, status)
-            counter.inc(times)
+            if (number := self._of_column.get((model, column, status))) is None:
+                number = self._of_column[model, column, status] = _behind(self._columns.labels(model, column, status))
+            number.inc(times)
 
     def store(self, operation: str, seconds: float) -> None:
         self._store_seconds.labels(operation).observe(seconds)
@@ -187,9 +193,9 @@ class Metrics:
 
     def cache(self, model: str, result: str, items: int) -> None:
         if items:
-            if (counter := self._of_result.get((model, result))) is None:
-                counter = self._of_result[model, result] = self._cached.labels(model, result)
-            counter.inc(items)
+            if (number := self._of_result.get((model, result))) is None:
+                number = self._of_result[model, result] = _behind(self._cached.labels(model, result))
+            number.inc(items)
 
     def degraded(self, is_so: bool) -> None:
         self._degraded.set(int(is_so))
@@ -198,7 +204,7 @@ class Metrics:
         self._rejected.labels(reason).inc()
 
     def in_flight(self, change: int) -> None:
-        self._in_flight.inc(change)
+        self._now.inc(change)
 
     def model(self, name: str, ref: str, fingerprint: str) -> None:
         """The version, "movies@3", that the bare name means from now on."""
@@ -219,11 +225,51 @@ class Metrics:
         return exposition([self.snapshot("")])
 
 
+def _behind(metric: Counter | Gauge) -> Number:
+    """The library's own way to it checks each time what it was once told."""
+    return metric._value  # noqa: SLF001
+
+
+class _Seconds:
+    """A child of a histogram, as it is told of each request: the library's own way there is as long as its work."""
+
+    __slots__ = ("_buckets", "_sum")
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._sum: Number = histogram._sum  # noqa: SLF001
+        self._buckets: list[Number] = histogram._buckets  # noqa: SLF001
+
+    def observe(self, seconds: float) -> None:
+        self._sum.inc(seconds)
+        self._buckets[bisect_left(SECONDS, seconds)].inc(1)
+
+
 @cache
 def _values_of(pid: int) -> type:
-    """Numbers of a process that does not fork: by default each change of one asks the system who it is."""
-    found: type = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
-    return found
+    """Numbers of a process that does not fork and has one thread that counts."""
+    of_library: Any = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
+
+    class Mapped(of_library):  # type: ignore[misc]
+        """Changed in its place in the file. The library takes a lock, asks who the process is, looks the place up,
+        packs and copies, several times in each request."""
+
+        def __init__(self, *what: Any, **options: Any) -> None:
+            super().__init__(*what, **options)
+            # A file that grows is mapped once more, and this map of its beginning stays as good.
+            self._numbers = memoryview(self._file._m).cast("d")  # noqa: SLF001
+            self._at: int = self._file._positions[self._key] // 8  # noqa: SLF001
+
+        def inc(self, amount: float) -> None:
+            self._numbers[self._at] += amount
+
+        def set(self, value: float, timestamp: float | None = None) -> None:
+            self._numbers[self._at] = value
+
+        def get(self) -> float:
+            found: float = self._numbers[self._at]
+            return found
+
+    return Mapped
 
 
 def node_snapshot(node: str, directory: Path, help_texts: Mapping[str, str] | None = None) -> Snapshot:

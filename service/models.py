@@ -40,7 +40,7 @@ from service.config import NO_CHAMPION, ServiceConfig
 from service.metrics import Metrics
 from service.problems import InvalidRequest, NotSearchable
 from service.store import Store
-from service.together import Together
+from service.together import Together, Unbegun
 
 log = logging.getLogger("itemvec.service")
 
@@ -67,7 +67,15 @@ REFUSED_SECONDS = 30.0
 class LoadedModels:
     """Champions of all models, plus the other versions that were asked for last."""
 
-    def __init__(self, registry: Registry, store: Store, config: ServiceConfig, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        config: ServiceConfig,
+        metrics: Metrics | None = None,
+        unbegun: Unbegun | None = None,
+    ) -> None:
+        """`unbegun` is that of the listeners, where they are our own (`service/listener.py`)."""
         self.registry = registry
         self._store, self._metrics = store, metrics
         self._default, self._keep = config.model, config.versions_kept
@@ -79,7 +87,7 @@ class LoadedModels:
         self._refused: dict[tuple[str, int], tuple[VersionCorrupt, float]] = {}
         self._files = ThreadPoolExecutor(1, "itemvec-load")
         self._encoders = ThreadPoolExecutor(config.threads_of_a_replica(), "itemvec-encode")
-        self._together = Together()
+        self._together = Together(unbegun)
         self._caches = config.cache != "off"
         self._cache = EncodeCache(store, config.cache, config.cache_items, metrics)
         self._behind: Callable[[str, int], Awaitable[None]] | None = None

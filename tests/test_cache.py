@@ -128,6 +128,38 @@ async def test_a_request_whose_twin_was_cancelled_or_failed_encodes_by_itself(
     assert encoding.vectors.shape == (1, serving.DIM)
 
 
+async def test_a_lone_item_whose_twin_was_cancelled_is_encoded_by_itself(
+    store: Store, versions: Sequence[ModelVersion]
+) -> None:
+    metrics = Metrics()
+    kept, one = EncodeCache(store, "local", 100, metrics), Encoder(versions[0])
+    one.gate.clear()
+    twins = [asyncio.create_task(kept.encode(one.version, [TOY], "", one)) for _ in range(3)]
+    await asyncio.sleep(0)
+    twins[0].cancel()
+    await asyncio.sleep(0)
+    one.gate.set()
+    (first, _), (second, _) = await asyncio.gather(*twins[1:])
+    assert np.array_equal(first.vectors, second.vectors)
+    assert one.calls == [[TOY], [TOY]]
+    assert counted(metrics) == {"local": 1, "miss": 1}
+
+
+async def test_a_kept_item_keeps_nothing_of_those_that_were_encoded_with_it(
+    store: Store, versions: Sequence[ModelVersion]
+) -> None:
+    kept, version = EncodeCache(store, "local", 100), versions[0]
+    many = version.encode([TOY] * 64)
+
+    async def together(items: Sequence[Any], pointer: str) -> tuple[Encoding, float]:
+        return Encoding(many.vectors[5:6], many.statuses[5:6]), 0.0
+
+    await kept.encode(version, [TOY], "", together)
+    again, _ = await kept.encode(version, [TOY], "", together)
+    assert np.array_equal(again.vectors, many.vectors[5:6])
+    assert again.vectors.base.nbytes == again.vectors.nbytes
+
+
 async def test_an_item_that_is_refused_is_told_by_its_place_in_the_request(
     store: Store, versions: Sequence[ModelVersion]
 ) -> None:

@@ -12,6 +12,7 @@ import serving
 from serving import TOY, Running, assert_problem, post
 
 from itemvec.version import ModelVersion
+from service import edge
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +51,43 @@ async def test_a_body_of_unknown_size_is_read_no_further_than_the_limit(toys: Ru
     assert status == 413
     assert str(8 << 20) in orjson.loads(body)["detail"]
     assert read <= (8 << 20) + 65_536
+
+
+async def test_a_body_that_comes_later_and_in_pieces_is_awaited(toys: Running) -> None:
+    body, at = orjson.dumps({"input": [TOY]}), 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal at
+        await asyncio.sleep(0.01)
+        at += 10
+        return {"type": "http.request", "body": body[at - 10 : at], "more_body": at < len(body)}
+
+    status, answer = await _raw_call(toys, receive, {})
+    assert status == 200
+    assert len(orjson.loads(answer)["data"]) == 1
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+async def test_a_body_that_does_not_come_is_not_awaited_for_ever(
+    toys: Running, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    monkeypatch.setattr(edge, "BODY_SECONDS", 0.05)
+    come = iter([{"type": "http.request", "body": b"{", "more_body": True}] * pieces)
+    ended = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal ended
+        for message in come:
+            return message
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended += 1
+        raise AssertionError
+
+    status, answer = await asyncio.wait_for(_raw_call(toys, receive, {}), 5)
+    assert (status, ended) == (408, 1)
+    assert "0.05" in orjson.loads(answer)["detail"]
 
 
 async def test_a_caller_that_leaves_is_not_answered(toys: Running) -> None:

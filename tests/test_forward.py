@@ -6,10 +6,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from itemvec import forward
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder, finish, tensors
 from itemvec.features import FeatureTransform
 from itemvec.forward import FEW, Forward, gelu
 from itemvec.schema import FeatureSchema
+
+columns = Forward._columns
 
 SCHEMA = FeatureSchema.from_yaml("""
 name: t
@@ -66,10 +69,23 @@ def test_the_network_that_serves_gives_the_vectors_of_the_one_that_learned(confi
     exact = copy.deepcopy(network).double()
     for n in (1, 2, len(BATCH)):
         batch = TRANSFORM.transform(ITEMS[:n]).batch
-        assert (batch.lengths.size <= FEW) == (n < 60)  # both ways of adding up bags
         vectors = Forward(network)(batch)
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, exact.encode(batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"hidden": []}, {"skip": False}], ids=str)
+@pytest.mark.parametrize("without", ["room", "few rows"])
+def test_without_the_worked_out_layer_the_vectors_are_the_same(config, without, monkeypatch):
+    network = trained(**config)
+    batches = [TRANSFORM.transform(ITEMS[:n]).batch for n in (1, 2, len(BATCH))]
+    usual = [Forward(network)(batch) for batch in batches]
+    taken = []
+    monkeypatch.setattr(Forward, "_columns", lambda self, batch: taken.append(len(batch)) or columns(self, batch))
+    monkeypatch.setattr(forward, *(("WORKED_OUT", 0) if without == "room" else ("FEW_ROWS", 3)))
+    for batch, vectors in zip(batches, usual, strict=True):
+        np.testing.assert_allclose(Forward(network)(batch), vectors, atol=1e-6)
+    assert taken == [1, 2, len(BATCH)]
 
 
 def test_without_bags_the_dense_columns_go_through():
@@ -91,8 +107,9 @@ def test_an_item_of_no_direction_is_zero_and_not_nan():
     assert Forward(network)(batch).tolist() == network.encode(batch).tolist() == [[0.0] * 4] * 2
 
 
-@pytest.mark.parametrize("rows", [1, FEW + 1])
-def test_gelu_is_exact_but_for_rounding(rows):
+@pytest.mark.parametrize(("rows", "atol", "rtol"), [(1, 4e-7, 6e-8), (FEW + 1, 2e-6, 1e-6)])
+def test_gelu_is_exact_but_for_rounding(rows, atol, rtol):
+    """Torch's, of many rows, is off by 8e-7 on a processor with AVX-512."""
     x = np.concatenate([np.linspace(-9, 9, 4001), [-100, 100]]).astype(np.float32)
     exact = [float(v) * 0.5 * math.erfc(-float(v) * 2**-0.5) for v in x]
-    np.testing.assert_allclose(gelu(np.repeat(x[None], rows, 0))[-1], exact, atol=4e-7, rtol=6e-8)
+    np.testing.assert_allclose(gelu(np.repeat(x[None], rows, 0))[-1], exact, atol=atol, rtol=rtol)

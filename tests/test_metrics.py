@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from itemvec.errors import ConfigError
-from service.metrics import Incomplete, Metrics, exposition, node_snapshot
+from service.metrics import SECONDS, Incomplete, Metrics, exposition, node_snapshot
 from service.problems import problem
 
 
@@ -78,6 +78,37 @@ def test_what_killed_processes_counted_is_kept_and_what_they_were_doing_is_not(t
     assert value(text, 'itemvec_request_seconds_count{endpoint="/readyz",method="GET"}') == 2
     assert not value(text, "itemvec_in_flight_requests")
     assert not list(tmp_path.glob("gauge_live*"))
+
+
+def test_nothing_is_lost_when_a_file_grows(tmp_path):
+    some = 500  # some 110 kB of counters, where a file begins with 64
+    count_in_a_process(
+        tmp_path,
+        f"""
+for _ in range(2):
+    for i in range({some}):
+        metrics.columns("toys@1", [{{f"column {{i}} {{'x' * 50}}": "oov"}}])
+    metrics.request("GET /readyz", 200, 0.001, None)
+for file in pathlib.Path({str(tmp_path)!r}).glob("counter_*.db"):
+    assert file.stat().st_size > 65_536, file.stat()""",
+    )
+    text = exposition([node_snapshot("here", tmp_path)])
+    counts = [
+        line.split()[-1] for line in text.decode().splitlines() if line.startswith("itemvec_column_status_total{")
+    ]
+    assert counts == ["2.0"] * some
+    assert value(text, 'itemvec_requests_total{endpoint="/readyz",method="GET",status="200"}') == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"), [(0.0, "0.0005"), (0.0005, "0.0005"), (0.00051, "0.001"), (99.0, "+Inf")]
+)
+def test_a_time_is_counted_in_the_first_bucket_that_it_does_not_exceed(seconds, bucket):
+    metrics = Metrics()
+    metrics.request("GET /readyz", 200, seconds, None)
+    series = 'itemvec_request_seconds_bucket{endpoint="/readyz",le="%s",method="GET"}'
+    counts = {le: value(metrics.render(), series % le) for le in (*map(str, SECONDS), "+Inf")}
+    assert next(le for le, count in counts.items() if count) == bucket
 
 
 def test_a_folder_is_refused_where_the_process_does_not_write_to_it(tmp_path):

@@ -7,7 +7,7 @@ from serving import ITEMS, publish
 from itemvec.errors import InvalidItem
 from itemvec.registry import Registry
 from itemvec.version import ModelVersion
-from service.together import AT_ONCE, Together
+from service.together import AT_ONCE, Together, Unbegun
 
 pytestmark = pytest.mark.anyio
 TOYS = list(ITEMS.values())
@@ -49,6 +49,29 @@ async def test_requests_that_arrive_together_are_encoded_in_one_call(version, ca
 async def test_a_lone_request_is_encoded_before_the_loop_sleeps(version, calls):
     await Together().encode(version, TOYS[:2], "")
     assert calls == [2]
+
+
+async def test_a_request_is_encoded_at_once_where_no_other_has_been_read(version, calls):
+    unbegun = Unbegun()
+    lone = Together(unbegun).encode(version, TOYS[:1], "")
+    with pytest.raises(StopIteration) as done:  # without a turn of the event loop
+        lone.send(None)
+    assert (len(done.value.value[0].vectors), calls) == (1, [1])
+
+
+async def test_a_request_waits_for_those_that_have_been_read(version, calls):
+    unbegun = Unbegun()
+    together = Together(unbegun)
+    unbegun.count = 3
+
+    async def begin(item):
+        unbegun.count -= 1
+        return await together.encode(version, [item], "")
+
+    await asyncio.gather(*map(begin, TOYS[:3]))
+    assert calls == [3]
+    await begin(TOYS[3])  # though the count is wrong now
+    assert calls == [3, 1]
 
 
 async def test_a_wrong_value_fails_its_own_request_alone(version):
