@@ -32,7 +32,7 @@ class Bagging:
         self._columns = [column for _, column in columns]
         self._names = [column.feature.name for column in self._columns]
         self._bases = np.array([base for base, _ in columns], np.int64)
-        self._each = [(base, column, column.shared) for base, column in columns]
+        self._each = [(column, column.shared) for _, column in columns]
         self._ends = self._bases + [column.rows for column in self._columns]
         """Behind every row of a column: what stands in its empty places."""
         self._strange = np.zeros(sum(column.rows for column in self._columns), np.bool_)
@@ -48,16 +48,18 @@ class Bagging:
         weights: list[float] = []
         lengths: list[int] = []
         for i, item in enumerate(items):
-            for value, (base, column, shared) in zip(item, self._each, strict=True):
+            for value, (column, shared) in zip(item, self._each, strict=True):
                 bag = column.bag(value, i, notes)
                 if bag[0] < FIRST or bag[-1] >= shared:
                     notes.mark(column.feature.name, column.status(bag), i)
                 length, step = len(bag), column.step
-                rows += [base + row for row in bag]
-                weights += [1.0 / sqrt(length) if step is None or bag[0] < FIRST else step] * length
+                rows += bag
+                weights.append(1.0 / sqrt(length) if step is None or bag[0] < FIRST else step)
                 lengths.append(length)
-        by_item = np.array(lengths, np.int32).reshape(len(items), len(self._each))
-        return np.array(rows, np.int64), np.array(weights, np.float32), by_item
+        by_bag = np.array(lengths, np.int32)
+        indices = np.array(rows, np.int64)
+        indices += (self._bases if len(items) == 1 else np.tile(self._bases, len(items))).repeat(by_bag)
+        return indices, np.array(weights, np.float32).repeat(by_bag), by_bag.reshape(len(items), len(self._each))
 
     def together(self, columns: Sequence[Sequence[Part]], n: int, notes: Notes) -> Bags:
         """Of each column the parts of n bags."""

@@ -15,10 +15,9 @@ A version is whole or it is refused: loading verifies every sha256 and encodes t
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +89,7 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(NamedTuple):
     vectors: npt.NDArray[np.float32]
     """(n, dim), each of length 1."""
 
