@@ -174,6 +174,9 @@ class FeatureTransform:
         self.columns = list(columns)
         self._bags = [(c.feature.name, c) for c in columns if isinstance(c, BagColumn)]
         self._dense = [(c.feature.name, c) for c in columns if isinstance(c, DenseColumn)]
+        numeric = [(name, c) for name, c in self._dense if isinstance(c, NumericColumn)]
+        self._numeric = numeric if len(numeric) == len(self._dense) else None
+        """The dense columns, where all of them are numbers."""
         self.layout = self._lay_out()
         self._names = [c.feature.name for c in columns]
         self._known = {schema.id, *self._names}
@@ -224,8 +227,8 @@ class FeatureTransform:
         else:
             columns = [column.bags([item.get(name) for item in items], notes) for name, column in self._bags]
             bags = self._bagging.together(columns, n, notes)
-        if n == 1:
-            alone = [x for name, column in self._dense for x in column.floats(items[0].get(name), notes)]
+        if n == 1 and self._numeric is not None:
+            alone = [x for name, column in self._numeric for x in column.floats(items[0].get(name), notes)]
             dense = np.array([alone], np.float32)
         else:
             encoded = [column.encode([item.get(name) for item in items], notes) for name, column in self._dense]

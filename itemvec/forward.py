@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 FEW = 64
 """Items whose GELU a few calls into numpy are through with before a call into torch has begun."""
 
-WORKED_OUT: Final = 1 << 27
+WORKED_OUT: Final = 1 << 26
 """Bytes that the rows of the table may take where the first layer is worked out: for the films 59 MB of it, five times
 the table. Each replica has them, once for each version that it holds."""
 
@@ -123,7 +123,8 @@ def _to_length_one(y: Floats, epsilon: float) -> Floats:
 
 
 class Forward:
-    """An `ItemEncoder` that learns no more, on the CPU. The table is the encoder's own, other weights are copies."""
+    """An `ItemEncoder` that learns no more, on the CPU. The table is the encoder's own, other weights are copies, and so
+    is what was worked out of both."""
 
     def __init__(self, encoder: ItemEncoder) -> None:
         config = encoder.config

@@ -121,7 +121,7 @@ class Service:
         from service.listener import listen, listen_for_haproxy  # noqa: PLC0415
         from service.models import LoadedModels  # noqa: PLC0415
         from service.store import Store  # noqa: PLC0415
-        from service.together import Unbegun  # noqa: PLC0415
+        from service.together import Read  # noqa: PLC0415
 
         config = self._config
         torch.set_num_threads(config.torch_threads)
@@ -132,9 +132,8 @@ class Service:
             index=config.index,
             changed=self._metrics.degraded,
         )
-        ours = self._sockets is not None or config.direct_port is not None
-        unbegun = Unbegun()
-        self._models = LoadedModels(Registry(config.registry), store, config, self._metrics, unbegun if ours else None)
+        read = Read()
+        self._models = LoadedModels(Registry(config.registry), store, config, self._metrics, read)
         # Not by the application's lifespan: Serve keeps the reason of a failure there to itself.
         await self._models.start()
         # What is here now stays. A full collection of garbage looks at all of it, 100 ms in which nobody is answered.
@@ -148,10 +147,10 @@ class Service:
             self._models, store, self._metrics, config, fleet=self._fleet, metrics_text=self._metrics_of_all
         )
         if config.direct_port is not None:
-            self._listening.append(listen(app, config.host, config.direct_port, unbegun))
+            self._listening.append(listen(app, config.host, config.direct_port, read))
         if self._sockets is not None:
             socket = socket_of(self._sockets, self._replica.replica_tag)
-            self._listening.append(await listen_for_haproxy(app, socket, unbegun))
+            self._listening.append(await listen_for_haproxy(app, socket, read))
         return BehindServe(app, self._listening)
 
     async def check_health(self) -> None:

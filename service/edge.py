@@ -189,14 +189,18 @@ class Request:
 
 @coroutine
 def _rest(begun: Coroutine[Any, Any, T], pending: object) -> Generator[Any, Any, T]:
-    """Waits for a coroutine that has begun, and first for `pending`."""
+    """Waits for a coroutine that has begun, and first for `pending`: what `await` does from the beginning (PEP 380)."""
     try:
-        yield pending
-    except BaseException:
-        begun.close()
-        raise
-    result: T = yield from begun
-    return result
+        while True:
+            try:
+                sent = yield pending
+            except BaseException as error:
+                pending = begun.throw(error)
+            else:
+                pending = begun.send(sent)
+    except StopIteration as done:
+        result: T = done.value
+        return result
 
 
 Handler = Callable[[Request], Awaitable[Answer]]

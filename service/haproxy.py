@@ -49,9 +49,11 @@ SPINS: Final = ["option", "splice-request"]
 """With `abortonclose` HAProxy 2.8 turns round and round at 100 % of a core when a caller leaves whose body was larger
 than a buffer and not the first of its connection, and the replica is not told: not before it has answered."""
 
-IDLE_FIRST: Final = "use-server {0} if {{ srv_conn({0}) lt 1 }}"
-"""The first replica that has nothing to do, before the one with the least. Few requests then all go to the same one,
-which has in the processor's caches, and in its own, what it needs."""
+PREFERRED: Final = "use-server {0} if {{ date,div(10),mod({2}) eq {1} }} {{ srv_conn({0}) lt 1 }}"
+"""For ten seconds at a time one replica is asked before the others, as long as it has nothing to do: of few requests
+each then finds warm what it needs, in the processor's caches and in the replica's. Beyond, and where that replica is
+down, it is as without: the one with the fewest requests. By turns, so that one that is up and ill gets no more than
+its share."""
 
 SERVER: Final = re.compile(r"(\s+server \S+-(\w+)) (\S+):(\d+) check\b(?!.* backup)")
 """A replica, whose name ends with its id; Serve's own proxy, the last resort, is the backup."""
@@ -91,8 +93,10 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
         http-response deny deny_status 503 if { status 404 } { res.hdr(content-type) -m beg text/plain }
         http-reuse always
     """
-    kept, section = [], ""
-    for line in config.splitlines():
+    kept, section, lines = list[str](), "", config.splitlines()
+    listed = [replica[2] for line in lines if (replica := SERVER.match(line))]
+    own = [name for name in listed if socket_of(sockets, name).exists()]
+    for line in lines:
         if line and not line[0].isspace():
             section = " ".join(line.split())
             if section.startswith("backend http-"):
@@ -109,10 +113,10 @@ def corrected(config: str, unavailable: str, sockets: Path) -> str:
             kept.append(f"{line[: line.index('http')]}http-request deny deny_status 503")
         elif words[:1] == ["errorfile"]:
             kept.append(re.sub(r"\S+$", unavailable, line))
-        elif replica and (socket := socket_of(sockets, replica[2])).exists():
+        elif replica and replica[2] in own:
             check = f"check addr {replica[3]} port {replica[4]}"
-            kept.append(f"{replica[1]} unix@{socket} {check}{line[replica.end() :]} {KEEP}")
-            kept.append(f"    {IDLE_FIRST.format(replica[1].split()[1])}")
+            kept.append(f"{replica[1]} unix@{socket_of(sockets, replica[2])} {check}{line[replica.end() :]} {KEEP}")
+            kept.append(f"    {PREFERRED.format(replica[1].split()[1], own.index(replica[2]), len(own))}")
         else:
             kept.append(re.sub(r"^(\s+stats socket .*) mode 666 ", r"\1 mode 600 ", line))
     return "\n".join(kept)

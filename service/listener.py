@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from itemvec.errors import ConfigError
-from service.together import Unbegun
+from service.together import Read
 
 Application = Callable[..., Awaitable[None]]
 
@@ -28,7 +28,7 @@ BUFFER: Final = 1 << 20
 rest of a bulk answer waits until the event loop comes round again."""
 
 
-def listen(app: Application, host: str, port: int, unbegun: Unbegun) -> "asyncio.Task[None]":
+def listen(app: Application, host: str, port: int, read: Read) -> "asyncio.Task[None]":
     """Answers until the task is cancelled. Raises `ConfigError` if nobody could listen there."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -37,22 +37,22 @@ def listen(app: Application, host: str, port: int, unbegun: Unbegun) -> "asyncio
         listening.bind(address)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}, direct_port {port}: {error.strerror or error}") from None
-    return asyncio.get_running_loop().create_task(_answer(_Server(_settings(app, unbegun)), listening))
+    return asyncio.get_running_loop().create_task(_answer(_Server(_settings(app, read)), listening))
 
 
-async def listen_for_haproxy(app: Application, path: Path, unbegun: Unbegun) -> "asyncio.Task[None]":
+async def listen_for_haproxy(app: Application, path: Path, read: Read) -> "asyncio.Task[None]":
     """Answers on the Unix socket `path`, which is there when this returns, until the task is cancelled."""
     # HAProxy decides when an idle connection ends: one that ends as it sends a request is a request that fails.
-    server = _Server(_settings(app, unbegun, uds=str(path), timeout_keep_alive=3600))
+    server = _Server(_settings(app, read, uds=str(path), timeout_keep_alive=3600))
     task = asyncio.get_running_loop().create_task(_answer(server))
     while not server.started and not task.done():  # noqa: ASYNC110 uvicorn has no event for it
         await asyncio.sleep(0.01)
     return task
 
 
-def _settings(app: Application, unbegun: Unbegun, **others: Any) -> uvicorn.Config:
+def _settings(app: Application, read: Read, **others: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        _Counted(app, unbegun), interface="asgi3", http=_AtOnce, ws="none", lifespan="off", proxy_headers=False,
+        _Counted(app, read), interface="asgi3", http=_AtOnce, ws="none", lifespan="off", proxy_headers=False,
         access_log=False, log_level="error", server_header=False, **others,
     )  # fmt: skip
 
@@ -72,13 +72,14 @@ class _Server(uvicorn.Server):
 
 
 class _Counted:
-    """The application, and how many of its requests have not begun."""
+    """The application, and what was read for it."""
 
-    def __init__(self, app: Application, unbegun: Unbegun) -> None:
-        self._app, self.unbegun = app, unbegun
+    def __init__(self, app: Application, read: Read) -> None:
+        self._app, self.read = app, read
 
     def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
-        self.unbegun.count -= 1
+        self.read.unbegun -= 1
+        self.read.last = asyncio.current_task()
         return self._app(scope, receive, send)
 
 
@@ -88,7 +89,7 @@ class _AtOnce(HttpToolsProtocol):
     transport: "Joining"  # type: ignore[assignment]
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        app.unbegun.count += 1
+        app.read.unbegun += 1
         super()._start_asgi_task(cycle, app)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -40,7 +40,7 @@ from service.config import NO_CHAMPION, ServiceConfig
 from service.metrics import Metrics
 from service.problems import InvalidRequest, NotSearchable
 from service.store import Store
-from service.together import Together, Unbegun
+from service.together import Read, Together
 
 log = logging.getLogger("itemvec.service")
 
@@ -73,9 +73,9 @@ class LoadedModels:
         store: Store,
         config: ServiceConfig,
         metrics: Metrics | None = None,
-        unbegun: Unbegun | None = None,
+        read: Read | None = None,
     ) -> None:
-        """`unbegun` is that of the listeners, where they are our own (`service/listener.py`)."""
+        """`read` is what our own listeners have read (`service/listener.py`)."""
         self.registry = registry
         self._store, self._metrics = store, metrics
         self._default, self._keep = config.model, config.versions_kept
@@ -87,7 +87,7 @@ class LoadedModels:
         self._refused: dict[tuple[str, int], tuple[VersionCorrupt, float]] = {}
         self._files = ThreadPoolExecutor(1, "itemvec-load")
         self._encoders = ThreadPoolExecutor(config.threads_of_a_replica(), "itemvec-encode")
-        self._together = Together(unbegun)
+        self._together = Together(read)
         self._caches = config.cache != "off"
         self._cache = EncodeCache(store, config.cache, config.cache_items, metrics)
         self._behind: Callable[[str, int], Awaitable[None]] | None = None

@@ -4,8 +4,8 @@ A call into the network costs tens of microseconds however few items it has. Nob
 timer: what the event loop has read from its sockets is encoded, and while that runs the next requests arrive. So a lone
 request is encoded alone, and the busier the service is, the more it encodes at once.
 
-Where the listener tells how many requests it has read that are not here yet (`Unbegun`), a lone one does not even wait
-for the event loop to come round again.
+Where the listener tells what it has read (`Read`), a lone request does not even wait for the event loop to come round
+again.
 """
 
 import asyncio
@@ -34,24 +34,31 @@ class _Part:
     done: "asyncio.Future[Done]"
 
 
-class Unbegun:
-    """How many requests have been read from the sockets, and not begun."""
+class Read:
+    """The requests that listeners have read from their sockets."""
 
-    __slots__ = ("count",)
+    __slots__ = ("last", "unbegun")
 
     def __init__(self) -> None:
-        self.count = 0
+        self.unbegun = 0
+        """How many have not begun."""
+        self.last: asyncio.Task[Any] | None = None
+        """Of those that have, the last."""
+
+    def is_alone(self) -> bool:
+        """Has the request that asks begun as the last of all? Others that wait for something with it may go on with it,
+        so only the last of those can say so, and none that has come by another way."""
+        return not self.unbegun and self.last is asyncio.current_task()
 
 
 class Together:
-    def __init__(self, unbegun: Unbegun | None = None) -> None:
-        """`unbegun`: of all listeners whose requests come here; None if they do not tell."""
-        self._unbegun = unbegun
+    def __init__(self, read: Read | None = None) -> None:
+        self._read = read
         self._parts: list[_Part] = []
 
     async def encode(self, version: ModelVersion, items: Sequence[Mapping[str, Any]], pointer: str) -> Done:
         """As `ModelVersion.encode`. Raises what it raises, to the request alone whose items are at fault."""
-        if self._unbegun is not None and not self._unbegun.count and not self._parts:
+        if self._read is not None and not self._parts and self._read.is_alone():
             began = perf_counter()
             return version.encode(items, pointer), 0.0, perf_counter() - began
         loop = asyncio.get_running_loop()

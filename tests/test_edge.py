@@ -90,6 +90,28 @@ async def test_a_body_that_does_not_come_is_not_awaited_for_ever(
     assert "0.05" in orjson.loads(answer)["detail"]
 
 
+@pytest.mark.parametrize("fails", [None, ConnectionResetError])
+async def test_a_receiver_that_has_begun_goes_on_as_if_it_had_been_awaited(
+    toys: Running, fails: type[Exception] | None
+) -> None:
+    come = asyncio.get_running_loop().create_future()
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0)
+        try:
+            await come
+        except ConnectionResetError:
+            await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": orjson.dumps({"input": [TOY]})}
+
+    calling = asyncio.create_task(_raw_call(toys, receive, {}))
+    await asyncio.sleep(0.01)
+    come.set_exception(fails()) if fails else come.set_result(None)
+    status, _ = await asyncio.wait_for(calling, 5)
+    assert status == (None if fails else 200)
+
+
 async def test_a_caller_that_leaves_is_not_answered(toys: Running) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}

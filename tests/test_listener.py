@@ -8,7 +8,7 @@ from benchmarks._services import free_port
 from itemvec.errors import ConfigError
 from service.app import BehindServe
 from service.listener import COPIED, Joining, listen, listen_for_haproxy
-from service.together import Unbegun
+from service.together import Read
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +63,7 @@ async def test_answers_with_a_body_and_without_come_one_after_the_other_on_one_c
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    task = await listen_for_haproxy(app, tmp_path / "socket", Unbegun())
+    task = await listen_for_haproxy(app, tmp_path / "socket", Read())
     reader, writer = await asyncio.open_unix_connection(str(tmp_path / "socket"))
     for method, sent, got in [
         (b"HEAD", b"", b""),
@@ -84,14 +84,14 @@ async def test_answers_with_a_body_and_without_come_one_after_the_other_on_one_c
 
 
 async def test_a_request_knows_how_many_have_been_read_and_not_begun(tmp_path):
-    unbegun, seen = Unbegun(), []
+    read, seen = Read(), []
 
     async def app(scope, receive, send):
-        seen.append(unbegun.count)
+        seen.append((read.unbegun, read.is_alone()))
         await answering(b"")(scope, receive, send)
 
     path = tmp_path / "socket"
-    task = await listen_for_haproxy(app, path, unbegun)
+    task = await listen_for_haproxy(app, path, read)
     callers = [await asyncio.open_unix_connection(str(path)) for _ in range(3)]
     await asyncio.sleep(0.05)
     for _ in range(2):
@@ -99,7 +99,7 @@ async def test_a_request_knows_how_many_have_been_read_and_not_begun(tmp_path):
             writer.write(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")  # before the server's turn
         for reader, _ in callers:
             await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)
-    assert seen == [2, 1, 0, 2, 1, 0]
+    assert seen == [(2, False), (1, False), (0, True)] * 2
     for _, writer in callers:
         writer.close()
     task.cancel()
@@ -108,7 +108,7 @@ async def test_a_request_knows_how_many_have_been_read_and_not_begun(tmp_path):
 
 async def test_several_listen_on_one_port_and_the_others_answer_when_one_ends():
     port = free_port()
-    tasks = {text: listen(answering(text), "127.0.0.1", port, Unbegun()) for text in (b"first", b"second")}
+    tasks = {text: listen(answering(text), "127.0.0.1", port, Read()) for text in (b"first", b"second")}
     await asyncio.sleep(0.2)
     heard = set()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
@@ -126,7 +126,7 @@ async def test_several_listen_on_one_port_and_the_others_answer_when_one_ends():
 
 async def test_an_address_of_another_machine_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1, direct_port 8123"):
-        listen(answering(b""), "192.0.2.1", 8123, Unbegun())
+        listen(answering(b""), "192.0.2.1", 8123, Read())
 
 
 async def test_an_answer_of_many_items_is_taken_by_the_system_before_haproxy_reads_it(tmp_path):
@@ -139,7 +139,7 @@ async def test_an_answer_of_many_items_is_taken_by_the_system_before_haproxy_rea
         await send({"type": "http.response.body", "body": b""})
         sent.set()
 
-    task = await listen_for_haproxy(app, tmp_path / "socket", Unbegun())
+    task = await listen_for_haproxy(app, tmp_path / "socket", Read())
     with socket.socket(socket.AF_UNIX) as caller:  # which never reads
         caller.connect(str(tmp_path / "socket"))
         caller.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
@@ -161,7 +161,7 @@ async def test_what_a_listener_has_in_hand_is_answered_before_the_application_en
         await answering(b"too late" if ended.is_set() else b"in time")(scope, receive, send)
 
     path = tmp_path / "socket"
-    behind = BehindServe(app, [await listen_for_haproxy(app, path, Unbegun())])
+    behind = BehindServe(app, [await listen_for_haproxy(app, path, Read())])
 
     async def told():
         return {"type": "lifespan.shutdown"}

@@ -75,7 +75,7 @@ def test_the_program_in_haproxys_place_corrects_the_file_and_becomes_haproxy(tmp
     done = subprocess.run([program, "-db", "-f", config], check=True, capture_output=True, text=True)
     assert done.stdout == f"-db -f {config}\n"
     here = f"{server}ab1 unix@{sockets}/ab1 check addr 127.0.0.1 port 30001{rest.rstrip()} {haproxy.KEEP}\n"
-    first = f"    {haproxy.IDLE_FIRST.format('SERVE_REPLICA--itemvec-Service-ab1')}\n"
+    first = f"    {haproxy.PREFERRED.format('SERVE_REPLICA--itemvec-Service-ab1', 0, 1)}\n"
     assert config.read_text() == frontend + here + first + elsewhere + proxy
 
 

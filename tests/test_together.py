@@ -7,7 +7,7 @@ from serving import ITEMS, publish
 from itemvec.errors import InvalidItem
 from itemvec.registry import Registry
 from itemvec.version import ModelVersion
-from service.together import AT_ONCE, Together, Unbegun
+from service.together import AT_ONCE, Read, Together
 
 pytestmark = pytest.mark.anyio
 TOYS = list(ITEMS.values())
@@ -51,27 +51,54 @@ async def test_a_lone_request_is_encoded_before_the_loop_sleeps(version, calls):
     assert calls == [2]
 
 
+class Reader:
+    """Begins requests as a listener does."""
+
+    def __init__(self):
+        self.read = Read()
+        self.together = Together(self.read)
+
+    async def request(self, version, item, first=None):
+        """`first` is what it waits for before it is encoded."""
+        self.read.unbegun -= 1
+        self.read.last = asyncio.current_task()
+        if first is not None:
+            await first.wait()
+        return await self.together.encode(version, [item], "")
+
+    def begin(self, *requests):
+        self.read.unbegun += len(requests)
+        return [asyncio.create_task(request) for request in requests]
+
+
 async def test_a_request_is_encoded_at_once_where_no_other_has_been_read(version, calls):
-    unbegun = Unbegun()
-    lone = Together(unbegun).encode(version, TOYS[:1], "")
-    with pytest.raises(StopIteration) as done:  # without a turn of the event loop
-        lone.send(None)
-    assert (len(done.value.value[0].vectors), calls) == (1, [1])
+    reader = Reader()
+    [lone] = reader.begin(reader.request(version, TOYS[0]))
+    await asyncio.sleep(0)  # one step of it
+    assert lone.done() and calls == [1]
 
 
-async def test_a_request_waits_for_those_that_have_been_read(version, calls):
-    unbegun = Unbegun()
-    together = Together(unbegun)
-    unbegun.count = 3
-
-    async def begin(item):
-        unbegun.count -= 1
-        return await together.encode(version, [item], "")
-
-    await asyncio.gather(*map(begin, TOYS[:3]))
-    assert calls == [3]
-    await begin(TOYS[3])  # though the count is wrong now
+async def test_requests_that_have_been_read_wait_for_each_other(version, calls):
+    reader = Reader()
+    await asyncio.gather(*reader.begin(*(reader.request(version, item) for item in TOYS[:3])))
+    await asyncio.gather(*reader.begin(reader.request(version, TOYS[3])))
     assert calls == [3, 1]
+
+
+async def test_requests_that_go_on_together_after_they_waited_are_encoded_together(version, calls):
+    """As for Redis, or for their bodies."""
+    reader, come = Reader(), asyncio.Event()
+    waiting = reader.begin(*(reader.request(version, item, come) for item in TOYS[:3]))
+    await asyncio.sleep(0)
+    come.set()
+    await asyncio.gather(*waiting)
+    assert calls == [3]
+
+
+async def test_requests_that_no_listener_has_read_are_encoded_together(version, calls):
+    together = Together(Read())
+    await asyncio.gather(*(together.encode(version, [item], "") for item in TOYS[:3]))
+    assert calls == [3]
 
 
 async def test_a_wrong_value_fails_its_own_request_alone(version):
