@@ -123,8 +123,8 @@ def _to_length_one(y: Floats, epsilon: float) -> Floats:
 
 
 class Forward:
-    """An `ItemEncoder` that learns no more, on the CPU. The table is the encoder's own, other weights are copies, and so
-    is what was worked out of both."""
+    """An `ItemEncoder` that learns no more, on the CPU. The table is the encoder's own, other weights are copies; what
+    was worked out of both is of the moment that this was made."""
 
     def __init__(self, encoder: ItemEncoder) -> None:
         config = encoder.config
