@@ -288,6 +288,7 @@ class Api:
         wanted = read_similar(await request.body(), self._limits)
         version = await self._models.get(wanted.model)
         request.model = version.ref
+        _check_made(wanted.fingerprint, version)
         answers = await self._neighborhoods.find(request, version, wanted.queries)
         if not wanted.many:
             [only] = answers
@@ -305,6 +306,7 @@ class Api:
         wanted = requests.read_decode(await request.body(), self._limits)
         version = await self._models.get(wanted.model)
         request.model = version.ref
+        _check_made(wanted.fingerprint, version)
         errors = [
             FieldError(at, f"has {len(vector)} numbers, {version.ref} has {version.dim}")
             for at, vector in zip(wanted.pointers, wanted.vectors, strict=True)
@@ -487,6 +489,13 @@ def _embeddings(
 def _check_size(size: int | None, version: ModelVersion) -> None:
     if size is not None and size > version.dim:
         raise InvalidRequest.at("/dimensions", f"is {size}; {version.ref} has {version.dim}")
+
+
+def _check_made(fingerprint: str | None, version: ModelVersion) -> None:
+    """By this version, says the request of its vectors; nothing, if it does not say."""
+    if fingerprint is not None and fingerprint != version.fingerprint:
+        detail = f"is {fingerprint!r}; {version.ref} has {version.fingerprint!r}, and its vectors cannot be compared"
+        raise InvalidRequest.at("/fingerprint", f"{detail}: name the version in `model`, or encode the items again")
 
 
 def _shortened(vectors: Vectors, size: int) -> Vectors:

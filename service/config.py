@@ -71,7 +71,8 @@ class ServiceConfig(BaseSettings):
     """The model that a request means which names none; None: the only one in the registry."""
 
     versions_kept: PositiveInt = 4
-    """Pinned versions that a replica holds besides the champion; the films' takes 18 MB."""
+    """Pinned versions that a replica holds besides the champion; the films' takes 18 MB, and up to 64 MB more for what
+    is worked out of it beforehand."""
 
     registry_poll_seconds: PositiveFloat = 2.0
     """A replica that missed a switch, since it was starting, is behind for this long at most."""
@@ -143,7 +144,7 @@ class ServiceConfig(BaseSettings):
     # Its processes
 
     replicas: PositiveInt | None = None
-    """Processes that answer; more than cores gains nothing, and each takes 400 MB. None: one for each core that the
+    """Processes that answer; more than cores gains nothing, and each takes 450 MB. None: one for each core that the
     service may use, up to four; on a cluster, 1."""
 
     torch_threads: PositiveInt = 1

@@ -19,6 +19,7 @@ from service.requests import (
     Limits,
     is_int,
     item_errors,
+    read_fingerprint,
     read_item_id,
     read_model,
     read_object,
@@ -34,6 +35,7 @@ a query between two near twins points away from both; at 0 the negative ones say
 
 ONE: Final = ("id", "item", "embedding")
 FIELDS: Final = {*ONE, "positive", "negative", "k", "exclude", "filter", "override", "ignore", "explain", "partial"}
+OF_REQUEST: Final = {"model", "fingerprint"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class SimilarRequest:
 
     many: bool
     model: str | None
+    fingerprint: str | None
+    """Of what made the vectors in it."""
 
 
 def read_similar(body: bytes, limits: Limits) -> SimilarRequest:
@@ -76,14 +80,14 @@ def read_similar(body: bytes, limits: Limits) -> SimilarRequest:
     fields = read_object(body, None)
     errors: list[FieldError] = []
     if "queries" not in fields:
-        errors = unknown_fields(fields, FIELDS | {"model"}, "")
-        model = read_model(fields, errors)
+        errors = unknown_fields(fields, FIELDS | OF_REQUEST, "")
+        model, fingerprint = read_model(fields, errors), read_fingerprint(fields, errors)
         query = _read(fields, "", limits, len(body), errors)
         if isinstance(query, InvalidRequest):
             raise query
-        return SimilarRequest([query], False, model)
-    errors += unknown_fields(fields, {"queries", "model"}, "")
-    model = read_model(fields, errors)
+        return SimilarRequest([query], False, model, fingerprint)
+    errors += unknown_fields(fields, {"queries", *OF_REQUEST}, "")
+    model, fingerprint = read_model(fields, errors), read_fingerprint(fields, errors)
     queries = fields["queries"]
     if not isinstance(queries, list):
         errors.append(expected("/queries", "a list of queries", queries))
@@ -98,7 +102,7 @@ def read_similar(body: bytes, limits: Limits) -> SimilarRequest:
             read.append(_read(query, pointer, limits, len(body), unknown_fields(query, FIELDS, pointer)))
         else:
             read.append(InvalidRequest([expected(pointer, "a query, as an object", query)]))
-    return SimilarRequest(read, True, model)
+    return SimilarRequest(read, True, model, fingerprint)
 
 
 def _read(

@@ -28,6 +28,7 @@ Item = dict[str, Any]
 MAX_COLUMNS = 1000
 MAX_DIM = 65_536
 DEFAULT_TOP = 5
+MAX_FINGERPRINT = 64
 ALIASES = ("previous", "challenger")
 """What a promotion may name in place of a number: the version before, for a rollback, and the one that is to come."""
 
@@ -126,10 +127,12 @@ class DecodeRequest:
 
     top: int
     model: str | None
+    fingerprint: str | None
+    """Of what made the vectors."""
 
 
 def read_decode(body: bytes, limits: Limits) -> DecodeRequest:
-    fields = read_object(body, {"embedding", "embeddings", "top", "model"})
+    fields = read_object(body, {"embedding", "embeddings", "top", "model", "fingerprint"})
     errors: list[FieldError] = []
     vectors: list[npt.NDArray[np.float32]] = []
     pointers: list[str] = []
@@ -150,10 +153,10 @@ def read_decode(body: bytes, limits: Limits) -> DecodeRequest:
     top = fields.get("top", DEFAULT_TOP)
     if not is_int(top) or not 1 <= top <= limits.k:
         errors.append(expected("/top", f"a whole number from 1 to {limits.k}", top))
-    model = read_model(fields, errors)
+    model, fingerprint = read_model(fields, errors), read_fingerprint(fields, errors)
     if errors:
         raise InvalidRequest(errors)
-    return DecodeRequest(vectors, pointers, top, model)
+    return DecodeRequest(vectors, pointers, top, model, fingerprint)
 
 
 def read_item(body: bytes, item_id: str, limits: Limits) -> Entry:
@@ -270,6 +273,14 @@ def read_model(fields: Mapping[str, Any], errors: list[FieldError]) -> str | Non
     if not is_model_name(model):
         errors.append(expected("/model", "a name such as movies, movies@7 or movies@champion", model))
     return model
+
+
+def read_fingerprint(fields: Mapping[str, Any], errors: list[FieldError]) -> str | None:
+    fingerprint = fields.get("fingerprint")
+    if fingerprint is not None and not (isinstance(fingerprint, str) and 0 < len(fingerprint) <= MAX_FINGERPRINT):
+        errors.append(expected("/fingerprint", "the fingerprint that an answer named", fingerprint))
+        return None
+    return fingerprint
 
 
 def is_model_name(value: Any) -> bool:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from itemvec.runs import Run
 from service.queries import DEFAULT_K, NEGATIVE_SHARE
-from service.requests import DEFAULT_TOP
+from service.requests import DEFAULT_TOP, MAX_FINGERPRINT
 
 ModelRef = Annotated[
     str,
@@ -60,6 +60,16 @@ ARROW_ITEMS = (
     "`errors` (list of `pointer` and `detail`; null where the item was taken); the schema's metadata holds `model` and "
     "`fingerprint`."
 )
+
+
+Made = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=MAX_FINGERPRINT,
+        description="What made the vectors in the request; 422 where that is not the version that answers",
+    ),
+]
 
 
 class _Request(BaseModel):
@@ -267,6 +277,7 @@ class SimilarRequest(SimilarQuery):
 
     queries: list[SimilarQuery] | None = Field(None, min_length=1, description="Each is answered by itself, in order")
     model: ModelRef | None = None
+    fingerprint: Made = None
 
 
 class Neighbor(_Answer):
@@ -314,6 +325,7 @@ class DecodeRequest(_Request):
     embeddings: list[Vector] | None = Field(None, min_length=1)
     top: int = Field(DEFAULT_TOP, ge=1, description="Candidates of a column")
     model: ModelRef | None = None
+    fingerprint: Made = None
 
 
 class Candidate(_Answer):

@@ -120,6 +120,8 @@ WRONG: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "null": ({"embedding": None}, 422, "/embedding"),
     "top = 0": ({"embedding": UNIT, "top": 0}, 422, "/top"),
     "a misspelt field": ({"embeding": UNIT}, 422, "/embeding"),
+    "of another version": ({"embedding": UNIT, "fingerprint": "0123456789abcdef"}, 422, "/fingerprint"),
+    "a fingerprint that is none": ({"embedding": UNIT, "fingerprint": 7}, 422, "/fingerprint"),
     "an unknown model": ({"embedding": UNIT, "model": "nobody"}, 404, None),
 }
 

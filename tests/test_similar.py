@@ -55,6 +55,18 @@ async def test_an_example_is_an_id_an_item_or_a_vector(loaded: Running) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_vector_of_another_version_is_refused_where_it_says_whose_it_is(loaded: Running, many: bool) -> None:
+    version = loaded.models.champion()
+    query = {"embedding": [float(x) for x in encoded(loaded, TOY)[0]]}
+    body = {"queries": [query]} if many else query
+    assert (await post(loaded, "/v1/similar", {**body, "fingerprint": version.fingerprint})).status_code == 200
+    refused = await post(loaded, "/v1/similar", {**body, "fingerprint": "0123456789abcdef"})
+    detail = assert_problem(refused, 422, "/fingerprint")["errors"][0]["detail"]
+    assert "0123456789abcdef" in detail and version.fingerprint in detail
+    assert_problem(await post(loaded, "/v1/similar", {**body, "fingerprint": ""}), 422, "/fingerprint")
+
+
 async def test_the_items_among_several_examples_tell_their_odd_columns(loaded: Running) -> None:
     answer = await post(loaded, "/v1/similar", {"positive": ["toy 3", {**TOY, "maker": "Nobel", "weight": 2}]})
     body = answer.json()
