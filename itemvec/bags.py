@@ -143,7 +143,7 @@ class NominalColumn(LabelColumn):
         return None if rows is None else [(rows, np.ones(len(rows), np.int64))]
 
 
-SETS = tuple, set, frozenset, list
+SETS = list, tuple, set, frozenset
 
 
 class MultiColumn(LabelColumn):
@@ -155,7 +155,7 @@ class MultiColumn(LabelColumn):
     def bag(self, value: Any, i: int, notes: Notes) -> list[int]:
         separator = self.feature.separator
         bag: list[int] = []
-        if type(value) is list or isinstance(value, SETS):
+        if isinstance(value, SETS):
             bag = self._rows(value, i, notes)
         elif separator is not None and isinstance(value, str):
             bag = self._rows(value.split(separator), i, notes)
