@@ -47,6 +47,10 @@ class Breaker:
     def is_open(self) -> bool:
         return self._failures >= self._limit
 
+    @property
+    def last_failed(self) -> bool:
+        return self._failures > 0
+
     def success(self) -> None:
         was_open, self._failures, self._pause = self.is_open, 0, self._first
         if was_open and self._changed is not None:

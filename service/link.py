@@ -202,8 +202,8 @@ class Link:
             if silent or self._scout.breaker.is_open:
                 await self._scout.each_node("PING")
         # Waiting for a turn is not the server's time: many calls at once are no reason to think it dead. If it
-        # is, those before us find out, the breaker opens, and nobody waits any longer.
-        if self._turns.all_taken():
+        # is, those before us find out, and nobody waits a second time.
+        if waited := self._turns.all_taken():
             try:
                 await _within(max(1.0, self.timeout), self._turns.take)
             except TimeoutError:
@@ -212,6 +212,8 @@ class Link:
             await self._turns.take()
         began: float | None = None
         try:
+            if waited and self.breaker.last_failed and time.monotonic() - self.heard > self.timeout:
+                raise self._late()
             self.breaker.enter()
             began = time.monotonic()
             result = await _within(self.timeout, lambda: _once_more(call))
@@ -237,6 +239,9 @@ class Link:
             return StoreUnavailable(f"Redis at {self.address} is still loading its data", retry_after=5.0)
         if isinstance(error, _UNREACHED):
             return StoreUnavailable(f"Redis at {self.address}: {error}")
+        return self._late()
+
+    def _late(self) -> StoreUnavailable:
         return StoreUnavailable(f"Redis at {self.address} did not answer in {self.timeout:g} s")
 
     def _refused(self, error: errors.ResponseError) -> ItemvecError | None:

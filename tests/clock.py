@@ -1,14 +1,40 @@
 """A clock for what must be soon, on a machine that may be busy."""
 
+import asyncio
 import time
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+TICK = 0.002
+"""Seconds."""
 
 
-def now() -> float:
-    """Seconds; they stand still while this thread waits for a core that something else has. Elsewhere than on Linux it
-    is the common clock."""
-    waited = 0
-    with suppress(OSError):
-        _, waited, _ = map(int, Path("/proc/thread-self/schedstat").read_text().split())  # nanoseconds
-    return time.monotonic() - waited / 1e9
+class Watch:
+    """Seconds in which the event loop could turn: one that stands still, since this process or the whole machine does,
+    counts as five ticks, or as the processor time that it took in them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = time.monotonic(), time.thread_time()
+
+    def tick(self) -> None:
+        began, busy = self._last
+        now = self._last = time.monotonic(), time.thread_time()
+        self.seconds += max(min(now[0] - began, 5 * TICK), now[1] - busy)
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Watch]:
+    watch = Watch()
+
+    async def go_on() -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            watch.tick()
+
+    ticking = asyncio.create_task(go_on())
+    try:
+        yield watch
+    finally:
+        ticking.cancel()
+        watch.tick()

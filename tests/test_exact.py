@@ -214,10 +214,10 @@ async def test_a_cluster_with_a_hung_node_costs_no_more_than_200_ms(
         try:
             put = store.put("h", ids, [b"{}"] * 64, {"aa": np.ones((64, 2))})
             for call in (store.get_many("h", ids), put, store.ping(), store.count("h")):
-                began = clock.now()
-                with pytest.raises(StoreUnavailable):
-                    await call
-                assert clock.now() - began < 0.2
+                async with clock.running() as watch:
+                    with pytest.raises(StoreUnavailable):
+                        await call
+                assert watch.seconds < 0.2
         finally:
             os.kill(cluster[2].pid, signal.SIGCONT)
         await asyncio.sleep(2.5)
@@ -258,10 +258,10 @@ async def test_while_all_vectors_are_read_a_search_is_told_to_come_again(
             return await pipeline(*args)
 
         monkeypatch.setattr(two._bulk, "pipeline", slow_pipeline)
-        began = clock.now()
-        with pytest.raises(StoreUnavailable, match="being read into memory"):
-            await found(two)
-        assert clock.now() - began < 0.2
+        async with clock.running() as watch:
+            with pytest.raises(StoreUnavailable, match="being read into memory"):
+                await found(two)
+        assert watch.seconds < 0.2
         go_on.set()
         await asyncio.sleep(0.05)
         assert await found(two) == ["a"]
