@@ -16,10 +16,13 @@ TURN: Final = 100_000
 """Nanoseconds, the least that Linux takes; its own are 0.7 to 3 million."""
 
 
-def processes_with(variable: str, value: str) -> list[int]:
-    """Processes, not this one, that were started with the environment variable at this value."""
-    wanted = f"{variable}={value}".encode()
-    return [pid for pid in _others() if wanted in _environment(pid)]
+def processes_writing_in(folder: Path) -> list[int]:
+    """Processes, not this one, that have a file of the folder open to write to it.
+
+    A process that changes its title may overwrite its environment, but no process writes its log to the folder of
+    another; who reads along, as `tail` does, is none of them.
+    """
+    return [pid for pid in _others() if _writes_in(pid, f"{folder.resolve()}/")]
 
 
 def step_back(pids: Iterable[int], words: Iterable[str], niceness: int) -> None:
@@ -70,11 +73,18 @@ def _others() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if entry.name != str(os.getpid())]
 
 
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is somebody else's
-        return []
+def _writes_in(pid: int, start: str) -> bool:
+    with suppress(OSError):  # it has ended, or is somebody else's
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # it has been closed
+                if str(file.readlink()).startswith(start) and _flags(pid, file.name) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    return False
+
+
+def _flags(pid: int, file: str) -> int:
+    told = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/fdinfo/{file}").read_text().splitlines())
+    return int(told["flags"], 8)
 
 
 def _stat(pid: int) -> tuple[str, str, int]:

@@ -25,7 +25,7 @@ from typing import Final
 from itemvec.errors import ConfigError, ItemvecError, RegistryError, VersionCorrupt
 from service import haproxy
 from service.config import NO_CHAMPION, ServiceConfig
-from service.processes import has_ended, own_ray, processes_with, step_back
+from service.processes import has_ended, own_ray, processes_writing_in, step_back
 from service.redis_server import EmbeddedRedis
 
 Progress = Callable[[str], None]
@@ -235,8 +235,8 @@ def _end_processes_of(folder: Path, patience: float = 2.0) -> None:
 
 
 def _processes_of(folder: Path) -> list[int]:
-    """They are known by the path of their token, which is in the environment of no other process."""
-    return processes_with("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+    """They are known by their logs, which are in it; HAProxy inherits those of the actor that started it."""
+    return processes_writing_in(folder)
 
 
 def _prepare_environment(environment: dict[str, str], folder: Path) -> None:

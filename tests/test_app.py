@@ -101,6 +101,7 @@ def test_ray_lets_requests_go_first_where_none_passes_through_it(real_service: R
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
     eventually(lambda: niceness("ray::ServeController") == niceness("gcs_server") == {max(own, 15)}, 10)
+    assert niceness("ray::DashboardAgent") == niceness("ray::RuntimeEnvAgent") == {max(own, 15)}
     assert niceness("ray::ServeReplica") == niceness("/haproxy") == niceness("raylet/raylet") == {own}
 
 
@@ -222,7 +223,7 @@ def test_a_kill_and_a_crash_of_ray_end_every_process_and_lose_no_item(real_servi
     redis, *_ = (pid for pid, title in service.processes().items() if "redis-server" in title)
     os.kill(service.process.pid, signal.SIGKILL)
     service.process.wait()
-    # The agents of a Ray node try for two minutes to tell someone that it died; they hold no port of ours.
+    # The agents of a Ray node try for two minutes to tell someone that it died, if the next start does not end them.
     eventually(lambda: {title.split()[0] for title in service.processes().values()} <= AGENTS, 60)
     eventually(lambda: not Path(f"/proc/{redis}").exists(), 60)
 
@@ -230,6 +231,7 @@ def test_a_kill_and_a_crash_of_ray_end_every_process_and_lose_no_item(real_servi
     (broken / "versions").mkdir(parents=True)
     (broken / "aliases.json").write_text('{"champion": 7}')
     with RealService(folder, folder / "registry") as again:
+        assert not service.processes()
         # What a replica has to say is in the log of the service; Serve, made fast, would drop it.
         eventually(lambda: "model broken is not served" in again.log.read_text(), 20)
         assert again.client.get("/v1/items/kept").json()["item"] == serving.TOY

@@ -2,9 +2,11 @@ import ctypes
 import os
 import platform
 import struct
+import subprocess
 import threading
+from pathlib import Path
 
-from service.processes import TURN, short_turns
+from service.processes import TURN, processes_writing_in, short_turns
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 
@@ -39,3 +41,23 @@ def test_short_turns_of_a_process_that_has_ended_are_no_error():
     child = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(child, 0)
     short_turns(child)
+
+
+def test_processes_are_known_by_what_they_write_and_who_reads_along_is_none_of_them(tmp_path: Path):
+    ours, theirs = tmp_path / "ours", tmp_path / "ours too"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        (folder / "log").touch()
+
+    def with_open(file: Path, mode: str) -> "subprocess.Popen[bytes]":
+        with file.open(mode) as log:
+            return subprocess.Popen(["/bin/sleep", "60"], stderr=log)
+
+    started = [with_open(ours / "log", "a"), with_open(ours / "log", "r"), with_open(theirs / "log", "a")]
+    try:
+        assert processes_writing_in(ours) == [started[0].pid]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert processes_writing_in(ours) == []
