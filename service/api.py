@@ -378,7 +378,8 @@ class Api:
             [existed] = await self._store.delete(version.name, [item_id])
         if not existed:
             raise ItemNotFound(item_id, version.name)
-        return Answer(b"", 204)
+        said = [(b"x-model", version.ref.encode()), (b"x-fingerprint", version.fingerprint.encode())]
+        return Answer(b"", 204, headers=said)  # which has no body to say it in
 
     # The service
 

@@ -412,12 +412,12 @@ def _raw_path(scope: Scope) -> bytes:
 async def _send(answer: Answer, request: Request, send: Send, with_body: bool) -> None:
     timing = ", ".join(f"{part};dur={seconds * 1000:.3f}" for part, seconds in request.seconds.items())
     headers = [
-        (b"content-type", answer.content_type),
-        (b"content-length", str(len(answer.body)).encode()),
         (b"x-request-id", request.id.encode()),
         (b"server-timing", timing.encode()),
         (b"traceparent", request.trace.encode()),
         *answer.headers,
     ]
+    if answer.status != 204:  # which must have neither (RFC 9110, 8.6)
+        headers += (b"content-type", answer.content_type), (b"content-length", str(len(answer.body)).encode())
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body if with_body else b""})

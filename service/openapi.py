@@ -26,6 +26,22 @@ ASSETS: Final = {
 ARROW: Final = STREAM.decode()
 REFERENCE: Final = "#/components/schemas/{model}"
 
+HEADERS: Final = {
+    "X-Request-ID": "As it was sent, or made; problems and the log name it",
+    "traceparent": "W3C Trace Context: the caller's trace, or a new one, with a parent id of this request",
+    "Server-Timing": "Milliseconds of `queue`, `encode`, `store` and `total`",
+    "Location": "The job that was started",
+    "X-Model": "The version of an answer without a body",
+    "X-Fingerprint": "Its fingerprint",
+    "Retry-After": "Seconds",
+    "WWW-Authenticate": "How a key is sent",
+}
+"""Those that answers may have, and what they say."""
+
+WITH_ALL: Final = ("X-Request-ID", "traceparent", "Server-Timing")
+BY_STATUS: Final = {202: ("Location",), 204: ("X-Model", "X-Fingerprint")}
+OF_PROBLEMS: Final = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+
 PAGE: Final = b"""<!doctype html>
 <html lang="en">
 <head>
@@ -52,7 +68,8 @@ def document(operations: Iterable[Operation], with_keys: bool) -> bytes:
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, with_keys)
-    components: dict[str, Any] = {"schemas": schemas["$defs"]}
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in HEADERS.items()}
+    components: dict[str, Any] = {"schemas": schemas["$defs"], "headers": headers}
     if with_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     made = {
@@ -112,13 +129,12 @@ def _parameter(name: str, place: str, text: str = "") -> dict[str, Any]:
 
 
 def _answer(status: int, gives: Any) -> dict[str, Any]:
-    if not gives:
-        return {"description": reason(status)}
+    made: dict[str, Any] = {"description": reason(status), "headers": _headers(BY_STATUS.get(status, ()))}
     if isinstance(gives, str):
-        return {"description": reason(status), "content": {gives: {}}}
+        return made | ({"content": {gives: {}}} if gives else {})
     refs = [_ref(model) for model in _models(gives)]
     schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
-    return {"description": reason(status), "content": {"application/json": {"schema": schema}}}
+    return made | {"content": {"application/json": {"schema": schema}}}
 
 
 def _models(gives: Any) -> Sequence[type[BaseModel]]:
@@ -127,7 +143,15 @@ def _models(gives: Any) -> Sequence[type[BaseModel]]:
 
 
 def _problem(status: int) -> dict[str, Any]:
-    return {"description": reason(status), "content": {"application/problem+json": {"schema": _ref(Problem)}}}
+    return {
+        "description": reason(status),
+        "headers": _headers(OF_PROBLEMS.get(status, ())),
+        "content": {"application/problem+json": {"schema": _ref(Problem)}},
+    }
+
+
+def _headers(also: Iterable[str]) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in (*WITH_ALL, *also)}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

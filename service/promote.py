@@ -92,6 +92,8 @@ class Job:
     """Who asked: a call, the registry's champion that was changed by other means, or the number of items."""
 
     kind: Kind = "promotion"
+    fingerprint: str | None = None
+    """None until the version is loaded."""
 
     state: State = "running"
     stage: Stage = "loading"
@@ -111,7 +113,8 @@ class Job:
 
     def shown(self) -> dict[str, Any]:
         return {
-            "id": self.id, "kind": self.kind, "model": f"{self.name}@{self.version}", "cause": self.cause,
+            "id": self.id, "kind": self.kind, "model": f"{self.name}@{self.version}",
+            "fingerprint": self.fingerprint, "cause": self.cause,
             "state": self.state, "stage": self.stage, "progress": {"done": self.done, "total": self.total},
             "refused": self.refused, "refusals": self.refusals,
             "started_at": _iso(self.started), "updated_at": _iso(self.heard), "problem": self.problem,
@@ -276,6 +279,7 @@ class Promotions:
         name, number = job.name, job.version
         await self._fleet.call("prepare_version", name, number, timeout=PREPARE_SECONDS)
         version = await self._models.get(f"{name}@{number}")
+        job.fingerprint = version.fingerprint
         if version.fingerprint not in await self._store.ready(name) or not await self._has_columns(version):
             was_live = version.fingerprint in await self._store.live(name)
             try:
@@ -291,7 +295,7 @@ class Promotions:
         return attributes.index_fields(version.schema).items() <= status.fields.items()
 
     async def _reindex(self, job: Job) -> None:
-        job.stage = "indexing again"
+        job.stage, job.fingerprint = "indexing again", (await self._models.get(f"{job.name}@{job.version}")).fingerprint
         for fingerprint in await self._store.live(job.name):
             await self._store.indexes.reindex(job.name, fingerprint)
 

@@ -414,6 +414,7 @@ class Job(_Answer):
     id: str
     kind: Literal["promotion", "backfill", "reindex"]
     model: str = Field(examples=["movies@4"])
+    fingerprint: str | None = Field(description="Of that version; null until it is loaded")
     cause: Literal["request", "registry", "size"]
     state: Literal["running", "succeeded", "failed"]
     stage: str

@@ -128,6 +128,8 @@ async def test_an_item_of_any_id_is_created_replaced_read_and_removed(toys: Runn
     assert (got["model"], got["fingerprint"]) == ("toys@1", toys.models.champion().fingerprint)
     removed = await toys.client.delete(path)
     assert (removed.status_code, removed.content) == (204, b"")
+    assert (removed.headers["x-model"], removed.headers["x-fingerprint"]) == (got["model"], got["fingerprint"])
+    assert not {"content-length", "content-type"} & removed.headers.keys()
     assert_problem(await toys.client.get(path), 404)
     assert_problem(await toys.client.delete(path), 404)
 

@@ -38,6 +38,7 @@ async def test_a_promotion_encodes_every_item_and_then_switches(toys: Running) -
     job = await toys.promote(2)
     assert (job["state"], job["stage"], job["model"], job["refused"]) == ("succeeded", "done", "toys@2", 0)
     assert job["progress"] == {"done": 40, "total": 40}
+    assert job["fingerprint"] == toys.registry.manifest("toys", 2).fingerprint
     assert toys.registry.aliases("toys") == {"champion": 2, "previous": 1}
     stored = np.array(await vectors_in_store(toys, 2, list(ITEMS)))
     assert np.abs(stored - of_version(toys, 2, list(ITEMS.values()))).max() <= 1e-6
@@ -352,6 +353,7 @@ async def test_an_index_that_outgrew_its_form_gets_another_in_a_job(
     await eventually(outgrown)
     job = await toys.finished(started[0].id)
     assert (job["kind"], job["cause"], job["state"], job["model"]) == ("reindex", "size", "succeeded", "toys@1")
+    assert job["fingerprint"] == toys.registry.manifest("toys", 1).fingerprint
     assert len((await post(toys, "/v1/similar", {"id": "toy 3", "k": 39})).json()["neighbors"]) == 39
     await asyncio.sleep(0.2)
     assert len(started) == 1
