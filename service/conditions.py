@@ -191,6 +191,40 @@ def query(test: Test) -> str:
             return f"-({query(part)})"
 
 
+def negates(test: Test | None) -> bool:
+    """Whether there is a `not` in it."""
+    match test:
+        case NoneOf():
+            return True
+        case AllOf(parts) | AnyOf(parts):
+            return any(map(negates, parts))
+    return False
+
+
+def passes(test: Test, fields: Mapping[str, str]) -> bool:
+    """Whether an item does, by the text of its fields.
+
+    >>> passes(NoneOf(Between("f_year", 1990.0, 1999.0, False, False)), {"f_year": "1991.0"})
+    False
+    """
+    match test:
+        case TagIn(field, tags):
+            return not set(tags).isdisjoint(fields.get(field, "").split(","))
+        case Between(field, low, high, without_low, without_high):
+            if field not in fields:
+                return False
+            number = float(fields[field])
+            return (low < number or (low == number and not without_low)) and (
+                number < high or (number == high and not without_high)
+            )
+        case AllOf(parts):
+            return all(passes(part, fields) for part in parts)
+        case AnyOf(parts):
+            return any(passes(part, fields) for part in parts)
+        case NoneOf(part):
+            return not passes(part, fields)
+
+
 def _bound(number: float) -> str:
     return {float("inf"): "+inf", float("-inf"): "-inf"}.get(number) or f"{number!r}"
 

@@ -29,6 +29,7 @@ from service.index import (
     checked_rows,
     read_neighbors,
     search_command,
+    to_check,
 )
 from service.indexes import Indexes
 from service.keys import BUCKETS, SCRIPT, Space, bucket_of, chunks, encode_ids, round_trips
@@ -395,7 +396,7 @@ class Store:
         reply = await self._hot.command("EVAL", scripts.SEARCH_LIKE, 1, prefix + key, *wanted)
         if not reply:  # it has no vector
             return None
-        found = read_neighbors(reply, len(prefix))
+        found = read_neighbors(reply, len(prefix), to_check(index, test))
         return None if index.mode == "hnsw" and len(found) < n else found
 
     async def search_many(
@@ -462,7 +463,10 @@ class Store:
             [search_command(space, fp, index, *way, time, exhaustive=exhaustive) for way in ways]
         )
         start = len(space.vector_prefix(fp, 0))
-        return [read_neighbors(reply, start) for reply in replies]
+        return [
+            read_neighbors(reply, start, None if exhaustive else to_check(index, test))
+            for reply, (_, _, test) in zip(replies, ways, strict=True)
+        ]
 
     # Helpers
 

@@ -10,7 +10,7 @@ import pytest
 from itemvec.errors import StoreUnavailable
 from itemvec.schema import FeatureSchema
 from service import attributes
-from service.conditions import And, Condition, Eq, Exists, In, Not, Or, Range, query, resolve
+from service.conditions import And, Condition, Eq, Exists, In, Not, Or, Range, passes, query, resolve
 from service.index import Mode
 from service.store import Encoded, Query, Store
 
@@ -176,6 +176,66 @@ async def test_recall_stays_with_a_filter_that_few_pass(empty_redis: str) -> Non
             best = np.argsort(-(unit[:50] @ probe))[:10]
             hits += len({int(n.id) for n in found} & set(best.tolist()))
     assert hits / 200 >= 0.99
+
+
+@pytest.mark.parametrize("mode", ["flat", "hnsw"])
+async def test_what_a_not_excludes_is_not_found_among_thousands(empty_redis: str, mode: Mode) -> None:
+    """Items of a label lie close together, so that the nearest are often those that the filter excludes."""
+    schema = FeatureSchema.from_yaml("""
+        {name: m, id: i, features: {label: {kind: nominal, dtype: integer, filterable: true},
+        tags: {kind: multi, filterable: true}, year: {kind: numeric, filterable: true}}}""")
+    dice, count = np.random.default_rng(0), 12_000
+    labels = dice.integers(0, 40, count)
+    vectors = dice.standard_normal((40, 16))[labels] + 0.5 * dice.standard_normal((count, 16))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    tags = [[f"t{t}" for t in dice.choice(12, dice.integers(1, 4), replace=False)] for _ in range(count)]
+    items = [{"label": int(n), "tags": t, "year": 1950 + 2 * int(n) % 70} for n, t in zip(labels, tags, strict=True)]
+
+    def tree(depth: int) -> tuple[Condition, Callable[[dict[str, Any]], bool]]:
+        kind = dice.integers(6) if depth else dice.integers(3)
+        if kind == 0:
+            some = tuple(map(int, dice.choice(40, 24, replace=False)))
+            return In("label", some), lambda item: item["label"] in some
+        if kind == 1:
+            few = {f"t{t}" for t in dice.choice(12, 2)}
+            return In("tags", tuple(few)), lambda item: bool(few & set(item["tags"]))
+        if kind == 2:
+            low, high = sorted(map(int, dice.integers(1950, 2020, 2)))
+            return Range("year", ge=low, lt=high), lambda item: low <= item["year"] < high
+        (one, first), (two, second) = tree(depth - 1), tree(depth - 1)
+        if kind == 3:
+            return And((one, two)), lambda item: first(item) and second(item)
+        if kind == 4:
+            return Or((one, two)), lambda item: first(item) or second(item)
+        return Not(one), lambda item: not first(item)
+
+    async with Store(empty_redis, timeout=10.0, bulk_timeout=60.0, index=mode) as store:
+        await store.indexes.ensure("m", "aa", 16, fields=attributes.index_fields(schema))
+        encoded = Encoded(
+            vectors.astype(np.float32), attributes=attributes.fields(attributes.filterable(schema), items)
+        )
+        await store.put("m", [str(i) for i in range(count)], [b"{}"] * count, {"aa": encoded})
+        for row in range(100):
+            part, fulfils = tree(2)
+            passing = {str(i) for i, item in enumerate(items) if not fulfils(item)}
+            found = {n.id for n in await store.search("m", "aa", vectors[row], 10, where=Not(part), schema=schema)}
+            assert found <= passing, part
+            assert len(found) == min(10, len(passing)), part
+            like = await store.search_like("m", "aa", str(row), 10, where=Not(part), schema=schema)
+            assert like is not None
+            assert {n.id for n in like} <= passing, part
+            if mode == "flat":
+                scores = unit @ unit[row]
+                best = sorted(passing, key=lambda i: -scores[int(i)])[:10]
+                assert found == set(best), part
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_a_test_passes_the_fields_of_what_plain_python_passes(case: int) -> None:
+    condition, fulfils = CASES[case]
+    test = resolve(condition, SCHEMA)
+    fields = attributes.fields(attributes.filterable(SCHEMA), ITEMS)
+    assert [passes(test, own) for own in fields] == [bool(fulfils(item)) for item in ITEMS]
 
 
 async def test_a_column_that_the_index_has_not_got_yet_is_an_error_and_not_an_empty_answer(empty_redis: str) -> None:
