@@ -123,8 +123,8 @@ async def test_a_filter_passes_what_plain_python_passes_nearest_first(films: Any
     store, vectors = films
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     queries = [Query(vectors[0], 200, where=condition) for condition, _ in CASES]
-    for (condition, passes), found in zip(CASES, await store.search_many("films", "aa", queries, SCHEMA), strict=True):
-        expected = {str(i) for i, item in enumerate(ITEMS) if passes(item)}
+    for (condition, fulfils), found in zip(CASES, await store.search_many("films", "aa", queries, SCHEMA), strict=True):
+        expected = {str(i) for i, item in enumerate(ITEMS) if fulfils(item)}
         assert {neighbor.id for neighbor in found} == expected, condition
         scores = [neighbor.score for neighbor in found]
         assert scores == sorted(scores, reverse=True)
@@ -140,7 +140,7 @@ async def test_what_an_item_lost_no_longer_passes(films: Any) -> None:
     changed = {**ITEMS[6], "genre": None, "minutes, total": None, "tags": "green"}
     encoded = Encoded(vectors[6:7], attributes=attributes.fields(columns, [changed]))
     await store.put("films", ["6"], [b"{}"], {"aa": encoded})
-    for condition, passes in (
+    for condition, stays in (
         (Exists("genre"), False),
         (Range("minutes, total", lt=1e12), False),
         (Eq("tags", "blue"), False),
@@ -148,7 +148,7 @@ async def test_what_an_item_lost_no_longer_passes(films: Any) -> None:
         (Not(Exists("minutes, total")), True),
     ):
         found = await store.search("films", "aa", vectors[6], 200, where=condition, schema=SCHEMA)
-        assert ("6" in {neighbor.id for neighbor in found}) is passes, condition
+        assert ("6" in {neighbor.id for neighbor in found}) is stays, condition
     await store.put("films", ["6"], [b"{}"], {"aa": vectors[6:7]})
     found = await store.search("films", "aa", vectors[6], 200, where=Eq("stars", ITEMS[6]["stars"]), schema=SCHEMA)
     assert "6" not in {neighbor.id for neighbor in found}
