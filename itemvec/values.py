@@ -1,9 +1,11 @@
 """The values of an item: when two labels are the same, which bucket a text falls into, and how a moment is read."""
 
+import re
 import unicodedata
 import zlib
 from collections.abc import Iterable
 from datetime import UTC, date, datetime
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,21 @@ def canonical(label: Any) -> Any:
     if isinstance(label, str):
         if label.isascii():  # which is NFC as it is
             return label.strip() or None
+        if len(label) > MARKS and _many_marks().search(label):
+            return label.strip() or None
         return unicodedata.normalize("NFC", label).strip() or None
     return label
+
+
+MARKS = 30
+"""Combining marks in a row beyond which a text is none of any language (Unicode Standard Annex 15, stream-safe text
+format). It is left as it is: the time to order them grows with the square of their number."""
+
+
+@cache
+def _many_marks() -> re.Pattern[str]:
+    marks = "".join(char for char in map(chr, range(0x20000)) if unicodedata.combining(char))
+    return re.compile(f"[{re.escape(marks)}]{{{MARKS + 1}}}")
 
 
 PLAIN = r"^[!-~\x{C0}-\x{17F}]([ -~\x{C0}-\x{17F}]*[!-~\x{C0}-\x{17F}])?$"

@@ -32,9 +32,10 @@ AT_THE_ENDS: Final = 1024
 
 _MODEL: Final = re.compile(rb'"model"\s*:\s*"([^"\\]{1,200})"')
 
-_NULL: Final = re.compile(rb"\[\s*null|\}\s*,?\s*null")
+_NULL: Final = re.compile(rb"\[\s*+null|\}\s*+(?:,\s*+)?null")
 """For an item that is null Arrow makes room in every column, however many there are; and a body that is null, or has it
-behind its object, makes it read memory that is not its own, and crash (apache/arrow#47409)."""
+behind its object, makes it read memory that is not its own, and crash (apache/arrow#47409). White space is passed over
+once (`*+`): there may be megabytes of it."""
 
 
 class NotColumns(Exception):

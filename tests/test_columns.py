@@ -1,6 +1,7 @@
 """A JSON body that is read as columns is answered as if it were read item by item; any other is left to that."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,13 @@ def test_what_would_cost_much_memory_or_crash_arrow_is_not_given_to_it(case, mon
     monkeypatch.setattr(pa.json, "read_json", None)
     with pytest.raises(NotColumns):
         read(NOT_BEGUN[case])
+
+
+def test_white_space_without_end_takes_milliseconds():
+    began = time.thread_time()
+    for gap in ('{"input": [{"title": "a"}%s]}', '{"input": [%s{"title": "a"}]}', '{"input": [{"title": "a"},%s{}]}'):
+        read((gap % (" " * 1_000_000)).encode())
+    assert time.thread_time() - began < 2  # with its square it would be minutes
 
 
 def test_labels_of_several_types_are_left_to_be_read_item_by_item():

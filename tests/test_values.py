@@ -17,6 +17,12 @@ def test_an_accent_may_be_written_in_two_ways():
     assert canonical("Ame\u0301lie") == canonical("Am\u00e9lie ")
 
 
+def test_thirty_marks_on_a_letter_are_put_in_order_and_more_are_left_as_they_are():
+    below, above = "\u0323", "\u0301"
+    assert canonical("x" + (above + below) * 15) == "x" + below * 15 + above * 15
+    assert canonical("x" + (above + below) * 30_000) == "x" + (above + below) * 30_000
+
+
 @given(st.text(), st.integers(1, 2**24))
 def test_every_text_has_a_bucket(text, buckets):
     assert 0 <= hashed(text, buckets) < buckets
