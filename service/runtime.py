@@ -110,7 +110,8 @@ def serve_environment(config: ServiceConfig, folder: Path, fallback_port: int) -
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
         # A request whose replica died before it answered goes to another one: each of our calls may be made twice.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        # It may come to the dead one several times more, which has the fewest requests until it is known to be dead.
+        "RAY_SERVE_HAPROXY_RETRIES": "5",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(config.drain_seconds),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
