@@ -133,6 +133,16 @@ def field_of(column: str) -> str:
     return "f_" + _word(column)
 
 
+def column_of(field: str) -> str:
+    """The column of such a field; only the beginning of a very long name.
+
+    >>> column_of(field_of("minutes, total"))
+    'minutes, total'
+    """
+    data = re.sub(rb"_([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), field.removeprefix("f_").encode())
+    return data.decode("utf-8", "replace")
+
+
 def _reader(feature: Feature) -> Callable[[Any], str | None]:
     """What gives the text that the index is to hold of a value, and None where there is none. The text is empty where
     there is a value but of a wrong type, which may come with a vector that is made already."""

@@ -191,6 +191,18 @@ def query(test: Test) -> str:
             return f"-({query(part)})"
 
 
+def size(test: Test) -> int:
+    """How many tags and ranges it asks for."""
+    match test:
+        case TagIn(_, tags):
+            return len(tags)
+        case AllOf(parts) | AnyOf(parts):
+            return sum(map(size, parts))
+        case NoneOf(part):
+            return size(part)
+    return 1
+
+
 def negates(test: Test | None) -> bool:
     """Whether there is a `not` in it."""
     match test:

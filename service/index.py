@@ -6,7 +6,7 @@ exact   every replica compares all vectors in its own memory (`service/exact.py`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from redis import exceptions as errors
 
 from itemvec.errors import ConfigError, StoreUnavailable
-from service.attributes import HAS, Kind
+from service.attributes import HAS, Kind, column_of
 from service.conditions import Test, fields_in, negates, passes, query
 from service.keys import Space
 from service.link import NO_ENGINE, ServerInfo
@@ -66,10 +66,9 @@ class Index:
         return cls(**orjson.loads(record))
 
     def check(self, test: Test) -> None:
-        """Raises `StoreUnavailable` for a test of fields that are not indexed yet."""
+        """Raises `NoColumn` for a test of fields that are not indexed yet."""
         if missing := fields_in(test) - self.fields.keys() - {HAS}:
-            names = ", ".join(sorted(field.removeprefix("f_") for field in missing))
-            raise StoreUnavailable(f"the index has no column {names} yet", retry_after=5.0)
+            raise NoColumn(missing)
 
 
 def choose_mode(wanted: WantedMode, items: int, server: ServerInfo, address: str, now: Mode | None = None) -> Mode:
@@ -186,6 +185,12 @@ def check_fingerprint(fp: str) -> None:
 def says_no_index(error: errors.ResponseError) -> bool:
     text = str(error).lower()  # "no such index", "unknown index name": the words differ between versions
     return "no such index" in text or "unknown index name" in text or "index not found" in text
+
+
+class NoColumn(StoreUnavailable):
+    def __init__(self, fields: Iterable[str]) -> None:
+        names = ", ".join(sorted(map(column_of, fields)))
+        super().__init__(f"the index has no column {names} yet", retry_after=5.0)
 
 
 class NoIndex(StoreUnavailable):

@@ -25,7 +25,7 @@ from service.index import (
     create_command,
     says_no_index,
 )
-from service.keys import BUCKETS, Space, by_bucket, same_slot
+from service.keys import BUCKETS, Space, bucket_of, by_bucket, chunks, same_slot
 from service.link import Command, Link
 
 
@@ -152,8 +152,18 @@ class Indexes:
             index = Index.from_bytes(record)
             await self._drop(name, fp, index)
             await self._drop(name, fp, replace(index, number=index.number + 1))  # a reindex was cut short
-        await self._bulk.pipeline([("HDEL", space.indexes, fp), ("HDEL", space.ticks, fp, f"{fp}:made")])
         await self._unlink(f"{space.vectors(fp)}*", *space.every_log(fp))
+        # Last: as long as it has a record, a drop that was cut short is done again.
+        await self._bulk.pipeline([("HDEL", space.ticks, fp, f"{fp}:made"), ("HDEL", space.indexes, fp)])
+
+    async def remove_late(self, name: str, fp: str, keys: Sequence[bytes]) -> None:
+        """Removes the vectors that a write gave these ids just after the index had been dropped."""
+        space = Space(name)
+        self.forget(name, fp)
+        late = [space.vector_prefix(fp, bucket_of(key)) + key for key in keys]
+        for chunk in chunks(len(late)):
+            await self._bulk.pipeline([("UNLINK", late[i]) for i in chunk])
+        await self._unlink(*space.every_log(fp))
 
     async def get(self, name: str, fp: str) -> Index:
         """How it is searched, as far as this replica has heard; raises `NoIndex`."""
@@ -162,6 +172,13 @@ class Indexes:
     async def fingerprints(self, name: str) -> set[str]:
         """Of all versions that have an index, live or not."""
         return {fp.decode() for fp in await self._bulk.command("HKEYS", Space(name).indexes)}
+
+    async def covers(self, name: str, fp: str, fields: Collection[str]) -> bool:
+        """Can queries filter by all of the fields?"""
+        try:
+            return set(fields) <= (await self._read(self._hot, name, fp)).fields.keys()
+        except NoIndex:
+            return False
 
     def is_known(self, name: str, fp: str) -> bool:
         """Has this replica heard of it?"""

@@ -171,6 +171,8 @@ class ItemWriter:
                 late = await self._encoded(name, fingerprint, ref, items)
                 if late is not None:
                     await self._store.add_vectors(name, fingerprint, ids, written.revs, late)
+        if version.fingerprint not in written.live:
+            raise StoreUnavailable(f"the index of {version.ref} is gone, and is made again", retry_after=2.0)
         self._live[name] = written.live  # only after a write that went well: the next one starts from what is true
         return written.created
 

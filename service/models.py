@@ -34,6 +34,7 @@ from itemvec.errors import (
 )
 from itemvec.registry import CHAMPION, PREVIOUS, Registry
 from itemvec.version import Encoding, ModelVersion
+from service import attributes
 from service.breaker import FAILURES
 from service.cache import EncodeCache
 from service.config import NO_CHAMPION, ServiceConfig
@@ -197,7 +198,10 @@ class LoadedModels:
     async def is_searchable(self, version: ModelVersion) -> bool:
         """Is the version's index complete? One that is still filled answers partly, without an error."""
         name, fingerprint = version.name, version.fingerprint
-        return fingerprint in self._searchable.get(name, ()) or fingerprint in await self._read_searchable(name)
+        if version is self._champions.get(name) and fingerprint in self._searchable.get(name, ()):
+            return True
+        # Of another version the index may have been dropped and begun again since the last poll.
+        return fingerprint in await self._read_searchable(name)
 
     async def check_searchable(self, version: ModelVersion) -> None:
         """Raises `StoreUnavailable` while the served version's index is filled, `NotSearchable` for one without."""
@@ -383,7 +387,8 @@ class LoadedModels:
         searchable = await self._read_searchable(name)
         if self._champions.get(name) is not served:  # a promotion has come first, and what was read is of before
             return
-        if version.fingerprint in searchable:
+        fields = attributes.index_fields(version.schema)
+        if version.fingerprint in searchable and await self._store.indexes.covers(name, version.fingerprint, fields):
             await self.commit_version(name, wanted)
         elif self._behind is not None:
             await self._behind(name, wanted)

@@ -19,15 +19,17 @@ from redis import exceptions as errors
 from itemvec.errors import ItemNotFound, StoreUnavailable
 from itemvec.schema import FeatureSchema
 from service import scripts
-from service.conditions import Condition, Test, resolve
+from service.conditions import Condition, Test, resolve, size
 from service.index import (
     Index,
     Neighbor,
+    NoColumn,
     NoIndex,
     Vectors,
     WantedMode,
     checked_rows,
     read_neighbors,
+    says_no_index,
     search_command,
     to_check,
 )
@@ -40,6 +42,9 @@ from service.shared import SharedCache
 HOT_ITEMS = 64
 """Writes and reads of more items than this take the bulk client, so that they cannot hold up a search."""
 
+HOT_NEIGHBORS, HOT_TESTS = 5_000, 100
+"""Searches for more neighbors together, or one by a filter of more conditions, take it too: Redis may be at them for
+longer than a call in a request's path has time, and would pass for one that hangs."""
 
 GRAPH_SCRIPT = 8
 """`SCRIPT` of an index that is a graph."""
@@ -217,7 +222,9 @@ class Store:
                 for i, flag in zip(positions, flags, strict=True):
                     created[i] = bool(flag)
         for fp, index in indexes.items():
-            if not index.logged and (record := now.get(fp.encode())) and Index.from_bytes(record).logged:
+            if fp.encode() not in now:
+                await self.indexes.remove_late(name, fp, keys)
+            elif not index.logged and (record := now.get(fp.encode())) and Index.from_bytes(record).logged:
                 self.indexes.forget(name, fp)  # it is about to become exact, and these changes were not noted
                 await self.add_vectors(name, fp, ids, revs, vectors[fp])
         return Written(created, revs, self._note_live(name, live))
@@ -372,6 +379,8 @@ class Store:
         if self._script_searches:
             try:
                 found = await self._search_like(name, fp, item_id, k + len(out), where, schema)
+            except NoColumn:  # as far as this replica has heard
+                pass
             except errors.ResponseError as error:  # an index that is no more, and the other way finds the next one
                 self._script_searches = "not allowed from script" not in str(error)
             else:
@@ -385,9 +394,9 @@ class Store:
     ) -> list[Neighbor] | None:
         """None where the index, or a graph that found too few, has to be asked in another way."""
         index = await self.indexes.get(name, fp)
-        if index.mode == "exact":
-            return None
         test = None if where is None else _resolved(where, schema)
+        if index.mode == "exact" or not _is_short(test):
+            return None
         if test is not None:
             index.check(test)
         space, [key] = Space(name), encode_ids([item_id])
@@ -412,11 +421,16 @@ class Store:
                 raise ValueError(f"k must be at least 1, not {query.k}")
         try:
             return await self._search(name, fp, queries, tests)
-        except (errors.ResponseError, NoIndex):  # the index may have been made again in another form: read it once more
+        except (errors.ResponseError, NoIndex, NoColumn):  # it may have been made again in another form: read it again
             if not self.indexes.is_known(name, fp):
                 raise
             self.indexes.forget(name, fp)
+        try:
             return await self._search(name, fp, queries, tests)
+        except errors.ResponseError as error:
+            if says_no_index(error):  # it is being removed
+                raise NoIndex(name, fp) from error
+            raise
 
     async def _search(
         self, name: str, fp: str, queries: Sequence[Query], tests: Sequence[Test | None]
@@ -458,10 +472,12 @@ class Store:
         self, space: Space, fp: str, index: Index, ways: Sequence[tuple[bytes, int, Test | None]], exhaustive: bool
     ) -> list[list[Neighbor]]:
         """`ways`: vector, how many, test."""
-        time = self._hot.milliseconds
-        replies = await self._hot.pipeline(
-            [search_command(space, fp, index, *way, time, exhaustive=exhaustive) for way in ways]
-        )
+        parts = _parts([n for _, n, _ in ways])
+        link = self._hot if len(parts) == 1 and all(_is_short(test) for _, _, test in ways) else self._bulk
+        replies = list[Any]()
+        for part in parts:  # one after the other: between them Redis has time for others
+            commands = [search_command(space, fp, index, *ways[i], link.milliseconds, exhaustive) for i in part]
+            replies += await link.pipeline(commands)
         start = len(space.vector_prefix(fp, 0))
         return [
             read_neighbors(reply, start, None if exhaustive else to_check(index, test))
@@ -530,6 +546,25 @@ def _rows(what: str, encoded: Encoded | NDArray[np.floating[Any]], count: int, d
     for n, (place, fields) in enumerate(zip(places, attributes, strict=True)):
         rows[place] = data[n * size : (n + 1) * size], orjson.dumps(fields) if fields else b""
     return rows
+
+
+def _parts(sizes: Sequence[int]) -> list[range]:
+    """Positions in their order, in parts of at most `HOT_NEIGHBORS` together, or one.
+
+    >>> _parts([4000, 1000, 1, 9000])
+    [range(0, 2), range(2, 3), range(3, 4)]
+    """
+    parts, start, total = list[range](), 0, 0
+    for i, many in enumerate(sizes):
+        if i > start and total + many > HOT_NEIGHBORS:
+            parts.append(range(start, i))
+            start, total = i, 0
+        total += many
+    return [*parts, range(start, len(sizes))]
+
+
+def _is_short(test: Test | None) -> bool:
+    return test is None or size(test) <= HOT_TESTS
 
 
 def _resolved(where: Condition, schema: FeatureSchema | None) -> Test:

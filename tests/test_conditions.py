@@ -238,11 +238,25 @@ def test_a_test_passes_the_fields_of_what_plain_python_passes(case: int) -> None
     assert [passes(test, own) for own in fields] == [bool(fulfils(item)) for item in ITEMS]
 
 
+@pytest.mark.parametrize("mode", ["flat", "exact"])
+async def test_a_column_that_another_replica_has_filled_can_be_filtered_by(empty_redis: str, mode: Mode) -> None:
+    async with Store(empty_redis, timeout=5.0, index=mode) as one, Store(empty_redis, timeout=5.0, index=mode) as two:
+        await one.indexes.ensure("films", "aa", DIM)
+        fields = attributes.fields(attributes.filterable(SCHEMA), ITEMS[:1])
+        await one.put("films", ["a"], [b"{}"], {"aa": Encoded(np.ones((1, DIM), np.float32), attributes=fields)})
+        assert len(await two.search("films", "aa", np.ones(DIM), 1)) == 1
+        await one.indexes.reindex("films", "aa", fields=attributes.index_fields(SCHEMA))
+        where = Eq("stars", ITEMS[0]["stars"])
+        assert len(await two.search("films", "aa", np.ones(DIM), 1, where=where, schema=SCHEMA)) == 1
+        like = await two.search_like("films", "aa", "a", 1, where=where, schema=SCHEMA)
+        assert like == []
+
+
 async def test_a_column_that_the_index_has_not_got_yet_is_an_error_and_not_an_empty_answer(empty_redis: str) -> None:
     async with Store(empty_redis, timeout=5.0) as store:
         await store.indexes.ensure("films", "aa", DIM)
-        with pytest.raises(StoreUnavailable, match="has no column genre yet"):
-            await store.search("films", "aa", np.ones(DIM), 1, where=Eq("genre", "-"), schema=SCHEMA)
+        with pytest.raises(StoreUnavailable, match="has no column minutes, total yet"):
+            await store.search("films", "aa", np.ones(DIM), 1, where=Exists("minutes, total"), schema=SCHEMA)
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,57 @@ async def test_dropping_a_version_leaves_the_others(store: Store, raw_redis: red
     assert len(await store.search("movies", "bb", turned(0), k=3)) == 3
 
 
-async def test_no_deleted_item_comes_back_with_the_index_of_a_dropped_version(store: Store, other: Store) -> None:
+@pytest.mark.parametrize("mode", ["flat", "exact"])
+async def test_a_write_that_had_not_heard_of_a_drop_leaves_no_vector(
+    store: Store, other: Store, raw_redis: redis.Redis, mode: Mode
+) -> None:
+    await store.indexes.ensure("movies", "aa", 2, mode=mode)
+    await store.mark_live("movies", "aa", "movies@1")
+    await other.put("movies", ["a"], [b"{}"], {"aa": rows((1, 0))})
+    await store.unmark_live("movies", "aa")
+    await store.indexes.drop("movies", "aa")
+    assert (await other.put("movies", ["a", "b"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})).live == {}
+    assert not raw_redis.keys("iv:vec:*")
+    assert not raw_redis.keys("iv:log:*")
+    assert await store.count("movies") == 2
+
+
+async def test_a_drop_that_was_cut_short_is_known_and_done_again(
+    store: Store, raw_redis: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await go_live(store, "aa")
+    await store.put("movies", ["a"], [b"{}"], {"aa": rows((1, 0))})
+    await store.unmark_live("movies", "aa")
+
+    async def cut_short(*_: str) -> None:
+        raise StoreUnavailable("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.indexes, "_unlink", cut_short)
+        with pytest.raises(StoreUnavailable, match="gone"):
+            await store.indexes.drop("movies", "aa")
+    with pytest.raises(StoreUnavailable, match="movies has no index for fingerprint aa"):
+        await store.search("movies", "aa", turned(0), k=1)
+    assert await store.indexes.fingerprints("movies") == {"aa"}
+    await store.indexes.drop("movies", "aa")
+    assert not raw_redis.keys("iv:vec:*")
+    assert await store.indexes.fingerprints("movies") == set()
+
+
+async def test_no_deleted_item_comes_back_with_the_index_of_a_dropped_version(
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await go_live(store, "aa")
     await store.put("movies", ["kept", "deleted"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
     assert await other.search("movies", "aa", turned(0), k=1)
     await store.unmark_live("movies", "aa")
     await store.indexes.drop("movies", "aa")
-    # A write that began before the drop: `other` has not heard of it, and its vectors have no index any more.
+
+    async def cut_short(*_: object) -> None:
+        pass
+
+    # A write that began before the drop, by a replica that then ended: its vectors have no index any more.
+    monkeypatch.setattr(other.indexes, "remove_late", cut_short)
     await other.put("movies", ["kept", "deleted"], [b"{}"] * 2, {"aa": rows((1, 0), (1, 1))})
     assert await store.live("movies") == {}
     await store.delete("movies", ["deleted"])

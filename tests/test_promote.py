@@ -328,6 +328,39 @@ async def test_a_version_that_differs_in_what_is_filterable_alone_fills_its_colu
     assert {neighbor.id for neighbor in found} == {"named", *ITEMS}
 
 
+async def test_a_champion_of_the_registry_is_not_served_before_its_columns_can_be_filtered_by(toys: Running) -> None:
+    await toys.load()
+    version = serving.publish(toys.registry, 1, named="name: {kind: text, filterable: true}")
+    toys.registry.promote("toys", version)
+    query = {"item": TOY, "k": 99, "filter": {"exists": "name"}}
+
+    async def served() -> bool:
+        answer = await post(toys, "/v1/similar", query)
+        if answer.status_code == 422:  # a version without the column still serves
+            return False
+        assert len(answer.json()["neighbors"]) == 40
+        return True
+
+    await eventually(served)
+
+
+async def test_a_named_version_whose_index_is_made_again_is_not_searched_before_it_is_whole(
+    tmp_path: Path, toy_registry: Path, empty_redis: str
+) -> None:
+    async with serving.running(toy_registry, empty_redis, registry_poll_seconds=3600.0) as toys:
+        await toys.load()
+        backfilled = await toys.client.post("/v1/models/toys/backfill", json={"version": 2})
+        await toys.finished(backfilled.json()["job"]["id"])
+        query = {"id": "toy 3", "k": 39, "model": "toys@2"}
+        assert len((await post(toys, "/v1/similar", query)).json()["neighbors"]) == 39
+        fingerprint = toys.registry.manifest("toys", 2).fingerprint
+        await toys.store.unmark_live("toys", fingerprint)
+        await toys.store.indexes.drop("toys", fingerprint)
+        await toys.store.indexes.ensure("toys", fingerprint, serving.DIM)
+        await toys.store.mark_live("toys", fingerprint, "toys@2")
+        assert_problem(await post(toys, "/v1/similar", query), 409)
+
+
 async def test_an_index_that_outgrew_its_form_gets_another_in_a_job(
     toys: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,7 +513,7 @@ async def test_an_emptied_redis_is_made_ready_again(toys: Running, empty_redis: 
         client.flushall()
 
     async def taken() -> bool:
-        return (await toys.client.put("/v1/items/x", json=TOY)).status_code == 201
+        return (await toys.client.put("/v1/items/x", json=TOY)).is_success
 
     async def found() -> bool:
         answer = await post(toys, "/v1/similar", {"item": TOY})

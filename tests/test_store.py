@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from storing import Vectors, go_live, restart, rows, turned
 
 from itemvec.errors import ItemNotFound, StoreUnavailable
+from itemvec.schema import FeatureSchema
 from service import scripts
+from service.conditions import In
 from service.index import Index, Mode, read_neighbors
 from service.indexes import IndexStatus
 from service.keys import CHUNK, bucket_of, round_trips
@@ -52,6 +54,32 @@ async def test_equal_scores_come_in_the_order_of_their_ids(store: Store) -> None
     await go_live(store)
     await store.put("movies", ["b", "c", "a"], [b"{}"] * 3, {"aa": rows((1, 1), (2, 2), (4, 4))})
     assert [found.id for found in await store.search("movies", "aa", rows((1, 1))[0], k=3)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("what", ["many neighbors", "a large filter"])
+async def test_what_keeps_redis_busy_for_long_is_not_given_up_as_if_it_hung(
+    store: Store, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    await store.indexes.ensure("m", "aa", 2, fields={"f_year": "number"})
+    ids = [str(i) for i in range(900)]
+    years = [{"f_year": str(i % 200), "has": "f_year"} for i in range(900)]
+    vectors = np.stack([turned(i / 1000) for i in range(900)])
+    await store.put("m", ids, [b"{}"] * 900, {"aa": Encoded(vectors, attributes=years)})
+    schema = FeatureSchema.from_yaml("{name: m, id: i, features: {year: {kind: numeric, filterable: true}}}")
+    where = In("year", tuple(range(150)))
+    assert len(await store.search_like("m", "aa", "1", 3, where=In("year", (1, 2)), schema=schema) or []) == 3
+
+    async def too_short(*_: object) -> object:
+        raise StoreUnavailable("too short")
+
+    monkeypatch.setattr(store._hot, "pipeline", too_short)
+    with pytest.raises(StoreUnavailable, match="too short"):
+        await store.search("m", "aa", turned(0), 10)
+    if what == "many neighbors":
+        found = await store.search_many("m", "aa", [Query(turned(0), 900)] * 12)
+        assert [len(neighbors) for neighbors in found] == [900] * 12
+    else:
+        assert len(await store.search("m", "aa", turned(0), 10, where=where, schema=schema)) == 10
 
 
 async def test_scores_stay_between_minus_1_and_1(store: Store) -> None:
