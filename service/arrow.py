@@ -31,8 +31,10 @@ UNIT: Final = 1e-3
 
 STATUSES: Final = pa.map_(pa.string(), pa.string())
 ERRORS: Final = pa.list_(pa.struct([("pointer", pa.string()), ("detail", pa.string())]))
-FIRST_MOMENT, LAST_MOMENT = -62_135_596_800_000_000, 253_402_300_799_999_999
-"""Microseconds since 1970 of the years 1 to 9999, which is all that Python and ISO 8601 can tell."""
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799
+"""Since 1970, of the years 1 to 9999, which is all that Python and ISO 8601 can tell."""
+
+PER_SECOND: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def read_table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
@@ -232,9 +234,9 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
                 raise _Wrong(detail, pc.index(lengths, longest).as_py())
         return column
     if types.is_timestamp(kind):
-        return _moments(column.cast(pa.timestamp("us"), safe=False), kind.tz)
+        return _moments(column)
     if types.is_date(kind):
-        _moments(column.cast(pa.timestamp("ms"), safe=False).cast(pa.timestamp("us"), safe=False), None)
+        _moments(column.cast(pa.timestamp("ms" if types.is_date64(kind) else "s")))
         return column
     if types.is_float16(kind):
         return column.cast(pa.float32())
@@ -245,11 +247,12 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
     return column
 
 
-def _moments(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
-    ends = pc.min_max(column.cast(pa.int64())).as_py()
-    if ends["min"] is not None and not FIRST_MOMENT <= ends["min"] <= ends["max"] <= LAST_MOMENT:
+def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """In microseconds, which would wrap around if they were made of moments that are not looked at before."""
+    ends, scale = pc.min_max(column.cast(pa.int64())).as_py(), PER_SECOND[column.type.unit]
+    if ends["min"] is not None and (ends["min"] < FIRST_SECOND * scale or ends["max"] >= (LAST_SECOND + 1) * scale):
         raise _Wrong("has a moment beyond the years 1 to 9999")
-    return column if zone is None else column.cast(pa.timestamp("us", "UTC"))
+    return column.cast(pa.timestamp("us", column.type.tz and "UTC"), safe=False)
 
 
 def _lists(column: pa.ChunkedArray, limits: Limits, room: int) -> pa.ChunkedArray:

@@ -293,3 +293,26 @@ async def test_the_limit_of_rows_is_a_setting(toy_registry: Any, empty_redis: st
     async with serving.running(toy_registry, empty_redis, max_rows=3, searchable=False) as service:
         problem = assert_problem(await sent(service, pa.table({"price": [1.0] * 4})), 422, "/input")
         assert "1 to 3" in problem["detail"]
+
+
+WRAPPED = {
+    "days": pa.array([2_137_972_720], pa.date32()),
+    "milliseconds of days": pa.array([86_400_000 * 10**10], pa.date64()),
+    "seconds": pa.array([1 << 62], pa.timestamp("s")),
+    "seconds before": pa.array([-(1 << 62)], pa.timestamp("s", "Asia/Tokyo")),
+    "seconds in a list": pa.array([[1 << 62]], pa.list_(pa.timestamp("s"))),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+async def test_a_moment_that_would_wrap_around_is_refused_in_any_column(toys: Running, case: str) -> None:
+    table = pa.table({"id": ["a"], "shelved": WRAPPED[case]})
+    for path, pointer in (("/v1/embeddings", "/input/shelved"), ("/v1/items", "/items/shelved")):
+        assert "the years 1 to 9999" in assert_problem(await sent(toys, table, path), 422, pointer)["detail"]
+
+
+async def test_the_first_and_the_last_moment_of_the_years_are_taken(toys: Running) -> None:
+    for unit in ("s", "ms", "us"):
+        ends = pa.array([datetime(1, 1, 1), datetime(9999, 12, 31, 23, 59, 59)], pa.timestamp(unit))
+        answer = received(await sent(toys, pa.table({"id": ["a", "b"], "added": ends}), "/v1/items"))
+        assert "refused" not in answer["status"].to_pylist()
