@@ -1,9 +1,9 @@
 """Arrow IPC streams in and out, for requests of many items: columns instead of an object an item.
 
 A stream is read as strictly as JSON is. It comes from outside, and what it says of its own lengths is not to be
-believed before it is checked: rows without any bytes behind them, a dictionary of one long text that a million rows
-point to, compressed buffers that unpack to gigabytes. What is left afterwards are columns of plain types, of bounded
-size, that can be turned into Python objects.
+believed before it is checked: rows without any bytes behind them, one long text that a million rows point to (through
+a dictionary or as views), compressed buffers that unpack to gigabytes. What is left afterwards are columns of plain
+types, of bounded size, that can be turned into Python objects.
 """
 
 import struct
@@ -24,7 +24,10 @@ from service.requests import MAX_COLUMNS, Limits
 STREAM: Final = b"application/vnd.apache.arrow.stream"
 
 SPREAD: Final = 8
-"""How many times its bytes a dictionary-encoded column may take when it is written out."""
+"""How many times its own bytes a body may take, when all that it only points to is written out."""
+
+SPREAD_ANYWAY: Final = 8 << 20
+"""Bytes that it may take however few were sent: no more than JSON has that says the same."""
 
 UNIT: Final = 1e-3
 """By how much the length of a ready vector may differ from 1."""
@@ -59,10 +62,16 @@ def within(table: pa.Table, limits: Limits, pointer: str, size: int) -> pa.Table
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidRequest.at(f"{pointer}/{escaped(twice)}", "is the name of two columns")
     errors: list[FieldError] = []
-    plain = {}
+    plain, room, spread = {}, max(SPREAD * size, SPREAD_ANYWAY), 0
     for name, column in zip(names, table.columns, strict=True):
         try:
-            plain[name] = _plain(column, limits, SPREAD * size)
+            _require_plain(column.type)
+            spread += _spread(column)
+            if spread > room:
+                detail = f"takes {spread} bytes, with the columns before it, when what it points to is written out"
+                detail = f"{detail}; a body of {size} may take {room}: send fewer rows"
+                raise InvalidRequest.at(f"{pointer}/{escaped(name)}", detail)
+            plain[name] = _plain(column, limits)
         except _Wrong as wrong:
             row = "" if wrong.row is None else f"/{wrong.row}"
             errors.append(FieldError(f"{pointer}{row}/{escaped(name)}", str(wrong)))
@@ -213,19 +222,63 @@ class _Wrong(Exception):
         self.row = row
 
 
-def _plain(column: pa.ChunkedArray, limits: Limits, room: int) -> pa.ChunkedArray:
-    """The column as strings, booleans, numbers, moments or lists of them; raises `_Wrong`."""
+def _ids(*kinds: pa.DataType) -> frozenset[int]:
+    return frozenset(kind.id for kind in kinds)
+
+
+_LISTS: Final = _ids(pa.list_(pa.null()), pa.large_list(pa.null()), pa.list_(pa.null(), 1))
+_TEXTS: Final = _ids(pa.string(), pa.large_string(), pa.string_view())
+_VALUES: Final = _TEXTS | _ids(
+    pa.null(), pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(),
+    pa.uint64(), pa.float16(), pa.float32(), pa.float64(), pa.decimal32(1), pa.decimal64(1), pa.decimal128(1),
+    pa.decimal256(1), pa.date32(), pa.date64(), pa.timestamp("s"),
+)  # fmt: skip
+_SENT: Final = _VALUES - _ids(pa.null(), pa.string_view())
+"""Whose bytes were sent, each for itself."""
+
+
+def _require_plain(kind: pa.DataType) -> None:
+    inner = kind.value_type if kind.id in _LISTS else kind
+    inner = inner.value_type if pa.types.is_dictionary(inner) else inner
+    if inner.id not in _VALUES:
+        raise _Wrong(f"has the Arrow type {kind}; an item has strings, numbers, booleans, dates, and lists of them")
+
+
+def _spread(column: pa.ChunkedArray) -> int:
+    """The bytes of what the column only points to, or makes of none, each as often as it stands there."""
     kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _lists(column, limits, room)
-    if pa.types.is_dictionary(kind):
-        return _values(_decoded(column, room), limits)
-    return _values(column, limits)
+    if kind.id in _LISTS:
+        return 0 if kind.value_type.id in _SENT else _spread(_inside(column))
+    if pa.types.is_null(kind):
+        return len(column)
+    if pa.types.is_string_view(kind):
+        return sum(pc.sum(_lengths(chunk)).as_py() or 0 for chunk in column.chunks)
+    if pa.types.is_dictionary(kind) and kind.value_type.id in _TEXTS:
+        parts = [(_lengths(chunk.dictionary), chunk.indices) for chunk in column.chunks]
+        return sum(pc.sum(lengths.take(indices)).as_py() or 0 for lengths, indices in parts)
+    return 0
+
+
+def _lengths(texts: pa.Array) -> pa.Array:
+    """In bytes. Arrow's own function knows no views: each is 16 bytes, of which the first four are the length."""
+    if not pa.types.is_string_view(texts.type):
+        return pc.binary_length(texts)
+    validity, views, *_ = texts.buffers()
+    numbers = pa.Array.from_buffers(pa.int32(), 4 * (texts.offset + len(texts)), [None, views])
+    fours = pa.Array.from_buffers(
+        pa.list_(pa.int32(), 4), len(texts), [validity], offset=texts.offset, children=[numbers]
+    )
+    return pc.list_element(fours, 0)
+
+
+def _plain(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
+    """The column as strings, booleans, numbers, moments or lists of them; raises `_Wrong`."""
+    return _lists(column, limits) if column.type.id in _LISTS else _values(_decoded(column), limits)
 
 
 def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
     kind, types = column.type, pa.types
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+    if kind.id in _TEXTS:
         column = column.cast(pa.large_string()) if types.is_string_view(kind) else column
         if (pc.max(pc.binary_length(column)).as_py() or 0) > limits.string:  # bytes are counted faster than characters
             lengths = pc.utf8_length(column)
@@ -242,8 +295,6 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
         return column.cast(pa.float32())
     if types.is_decimal(kind):
         return column.cast(pa.float64())
-    if not (types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)):
-        raise _Wrong(f"has the Arrow type {kind}; an item has strings, numbers, booleans, dates, and lists of them")
     return column
 
 
@@ -255,38 +306,43 @@ def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.timestamp("us", column.type.tz and "UTC"), safe=False)
 
 
-def _lists(column: pa.ChunkedArray, limits: Limits, room: int) -> pa.ChunkedArray:
-    lengths = None if pa.types.is_fixed_size_list(column.type) else pc.list_value_length(column)
-    longest = column.type.list_size if lengths is None else pc.max(lengths).as_py() or 0
+def _lists(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    longest = column.type.list_size if pa.types.is_fixed_size_list(column.type) else lengths.max(initial=0)
     if longest > limits.labels:
-        row = 0 if lengths is None else pc.index(lengths, longest).as_py()
-        raise _Wrong(f"has {longest} entries; a column takes up to {limits.labels}", row)
-    inner = column.type.value_type
-    if pa.types.is_nested(inner):
-        raise _Wrong(f"has the Arrow type {column.type}; an item has lists of strings, numbers, booleans and dates")
-    values = pa.chunked_array([pc.list_flatten(chunk) for chunk in column.chunks], inner)
+        detail = f"has {longest} entries; a column takes up to {limits.labels}"
+        raise _Wrong(detail, int(lengths.argmax()))
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    lengths.cumsum(out=ends[1:])
     try:
-        plain = _values(_decoded(values, room) if pa.types.is_dictionary(inner) else values, limits)
+        inside = _values(_decoded(_inside(column)), limits)
     except _Wrong as wrong:
         if wrong.row is None:
             raise
-        parents = pa.chunked_array([pc.list_parent_indices(column.combine_chunks())])
-        raise _Wrong(str(wrong), parents[wrong.row].as_py()) from None
-    return column.cast(pa.large_list(plain.type))
+        raise _Wrong(str(wrong), int(np.searchsorted(ends, wrong.row, "right")) - 1) from None
+    mask = column.is_null().combine_chunks() if column.null_count else None
+    return pa.chunked_array([pa.LargeListArray.from_arrays(ends, inside.combine_chunks(), mask=mask)])
 
 
-def _decoded(column: pa.ChunkedArray, room: int) -> pa.ChunkedArray:
-    """Written out, if that is not far more than what was sent."""
+def _inside(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([pc.list_flatten(chunk) for chunk in lists.chunks], lists.type.value_type)
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values in place of codes."""
+    if not pa.types.is_dictionary(column.type):
+        return column
     inner = column.type.value_type
-    if pa.types.is_nested(inner) or pa.types.is_dictionary(inner):
-        raise _Wrong(f"has the Arrow type {column.type}; an item has strings, numbers, booleans, dates, and lists")
-    if pa.types.is_string(inner) or pa.types.is_large_string(inner):
-        sizes = (
-            pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() or 0 for chunk in column.chunks
-        )
-        if sum(sizes) > room:
-            raise _Wrong(f"is {SPREAD} times larger than the whole request when its dictionary is written out")
-    return column.cast(inner)
+    if not pa.types.is_string_view(inner):
+        return column.cast(inner)
+    return pa.chunked_array([_taken(chunk.dictionary, chunk.indices) for chunk in column.chunks], inner)
+
+
+def _taken(texts: pa.Array, indices: pa.Array) -> pa.Array:
+    """Arrow's own `take` knows no views, but what is as long: 16 bytes each."""
+    validity, views, *data = texts.buffers()
+    taken = pa.Array.from_buffers(pa.binary(16), len(texts), [validity, views], offset=texts.offset).take(indices)
+    return pa.Array.from_buffers(texts.type, len(taken), [*taken.buffers(), *data], offset=taken.offset)
 
 
 def finite(table: pa.Table) -> pa.Table:

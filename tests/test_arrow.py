@@ -16,6 +16,8 @@ import pytest
 import serving
 from serving import DIM, ITEMS, TOY, TOYS, Running, assert_problem, post
 
+from service import arrow
+
 pytestmark = pytest.mark.anyio
 
 STREAM = "application/vnd.apache.arrow.stream"
@@ -93,15 +95,28 @@ async def test_model_and_dimensions_stand_in_the_query(toys: Running) -> None:
         assert_problem(await sent(toys, table, "/v1/embeddings?" + query), 422, pointer)
 
 
+def views_by_code(texts: list[str | None], codes: list[int]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.string_view()))
+
+
 TYPES: dict[str, tuple[pa.Array, dict[str, Any]]] = {
     "large text": (pa.array(["Ada"], pa.large_string()), {"maker": "Ada"}),
     "text view": (pa.array(["Ada"], pa.string_view()), {"maker": "Ada"}),
     "dictionary": (pa.array(["Ada"]).dictionary_encode(), {"maker": "Ada"}),
+    "dictionary of text views": (views_by_code([None, "Bell", "Ada"], [2]), {"maker": "Ada"}),
     "large list": (pa.array([["wood", "car"]], pa.large_list(pa.string())), {"tags": ["wood", "car"]}),
     "fixed list": (pa.array([["wood", "car"]], pa.list_(pa.string(), 2)), {"tags": ["wood", "car"]}),
     "list of dictionary": (
         pa.ListArray.from_arrays([0, 2], pa.array(["wood", "car"]).dictionary_encode()), {"tags": ["wood", "car"]}
     ),
+    "list of dictionary of text views": (
+        pa.ListArray.from_arrays([0, 2], views_by_code(["wood", "car, of a longer name than a view holds"], [0, 1])),
+        {"tags": ["wood", "car, of a longer name than a view holds"]},
+    ),
+    "fixed list of dictionary of text views": (
+        pa.FixedSizeListArray.from_arrays(views_by_code(["wood", "car"], [1, 0]), 2), {"tags": ["car", "wood"]}
+    ),
+    "list of text views": (pa.array([["wood", "car"]], pa.list_(pa.string_view())), {"tags": ["wood", "car"]}),
     "list of nothing": (pa.array([[]], pa.list_(pa.null())), {"tags": []}),
     "nothing": (pa.nulls(1), {"price": None}),
     "whole number": (pa.array([7], pa.int8()), {"price": 7}),
@@ -228,6 +243,23 @@ def heavy_dictionary() -> bytes:
     return stream(pa.table({"maker": text}))
 
 
+def views_of_one(length: int, rows: int) -> pa.Array:
+    """16 bytes a row, and the text that all of them show."""
+    view = struct.pack("<iiii", length, 0x78787878, 0, 0)  # length, its first letters, which buffer, where in it
+    buffers = [None, pa.py_buffer(view * rows), pa.py_buffer(b"x" * length)]
+    return pa.Array.from_buffers(pa.string_view(), rows, buffers)
+
+
+def heavy_views() -> bytes:
+    return stream(pa.table({"maker": views_of_one(60_000, 10_000)}))
+
+
+def many_dictionaries() -> bytes:
+    """Each column is 7 times the body when it is written out, all of them 150 times."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 150, pa.int16()), pa.array(["x" * 60_000]))
+    return stream(pa.table({f"c{i}": text for i in range(20)}))
+
+
 def spoilt() -> bytes:
     """The second text begins where the body has ended long ago."""
     offsets = struct.pack("<iii", 0, 3, 6)
@@ -253,6 +285,19 @@ HARD: dict[str, tuple[bytes, int, str | None]] = {
     "too many rows": (stream(pa.table({"price": np.zeros(65_537)})), 422, "/input"),
     "rows without bytes": (rows_without_bytes(), 422, "/input"),
     "a dictionary of one long text": (heavy_dictionary(), 422, "/input/maker"),
+    "views of one long text": (heavy_views(), 422, "/input/maker"),
+    "a list of such views": (
+        stream(pa.table({"tags": pa.ListArray.from_arrays([0, 4000], views_of_one(60_000, 4000))})), 422, "/input/tags"
+    ),
+    "a dictionary of such views": (
+        stream(pa.table({"maker": pa.DictionaryArray.from_arrays([0], views_of_one(60_000, 1))}).take([0] * 3000)),
+        422,
+        "/input/maker",
+    ),
+    "a set of more nulls than there are bytes": (
+        stream(pa.table({"tags": pa.FixedSizeListArray.from_arrays(pa.nulls(1 << 24), 4096)})), 422, "/input/tags"
+    ),
+    "dictionaries that are much only together": (many_dictionaries(), 422, "/input/c1"),
     "1,001 columns": (stream(pa.table({f"c{i}": [i] for i in range(1001)})), 422, "/input"),
     "a column twice": (stream(pa.table([pa.array([1]), pa.array([2])], ["price", "price"])), 422, "/input/price"),
     "text where a number belongs": (stream(pa.table({"price": ["1", "much"]})), 422, "/input/0/price"),
@@ -316,3 +361,42 @@ async def test_the_first_and_the_last_moment_of_the_years_are_taken(toys: Runnin
         ends = pa.array([datetime(1, 1, 1), datetime(9999, 12, 31, 23, 59, 59)], pa.timestamp(unit))
         answer = received(await sent(toys, pa.table({"id": ["a", "b"], "added": ends}), "/v1/items"))
         assert "refused" not in answer["status"].to_pylist()
+
+
+async def test_what_is_only_pointed_to_is_not_written_out_where_it_is_too_much(toys: Running, monkeypatch: Any) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("written out")
+
+    monkeypatch.setattr(arrow, "_plain", refuse)
+    for body in (heavy_views(), heavy_dictionary()):
+        problem = assert_problem(await sent(toys, body), 422, "/input/maker")
+        assert "when what it points to is written out" in problem["detail"]
+
+
+async def test_few_bytes_may_point_to_many(toys: Running) -> None:
+    """A dictionary of long labels with codes of one byte is 40 times as large written out, and no harm."""
+    labels = pa.array([f"{'of wood' * 6} {i}" for i in range(4)])
+    names = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3] * 500, pa.int8()), labels)
+    assert len(received(await sent(toys, pa.table({"maker": names})))) == 2000
+
+
+async def test_rows_without_a_list_and_with_an_empty_one_stay_in_their_places(toys: Running) -> None:
+    tags = [["wood"], None, [], ["car", "x" * 5]]
+    for kind in (
+        pa.list_(pa.string()),
+        pa.large_list(pa.string_view()),
+        pa.list_(pa.dictionary(pa.int8(), pa.string())),
+    ):
+        table = pa.table({"id": list("abcd"), "tags": pa.array(tags, kind)})
+        received(await sent(toys, table.slice(1), "/v1/items"))
+        kept = [(await toys.client.get(f"/v1/items/{item_id}")).json()["item"].get("tags") for item_id in "bcd"]
+        assert kept == tags[1:]
+    long = pa.table({"tags": [["a"], None, [], ["b", "x" * 70_000]]})
+    assert_problem(await sent(toys, long.slice(1)), 422, "/input/2/tags")
+
+
+async def test_nanoseconds_in_a_list_are_cut_as_alone(toys: Running) -> None:
+    moments = pa.array([[1_400_000_000_123_456_789]], pa.list_(pa.timestamp("ns")))
+    received(await sent(toys, pa.table({"id": ["a"], "shelved": moments}), "/v1/items"))
+    kept = (await toys.client.get("/v1/items/a")).json()["item"]
+    assert kept == {"shelved": ["2014-05-13T16:53:20.123456"]}
