@@ -77,7 +77,7 @@ def within(table: pa.Table, limits: Limits, pointer: str, size: int) -> pa.Table
             errors.append(FieldError(f"{pointer}{row}/{escaped(name)}", str(wrong)))
     if errors:
         raise InvalidRequest(errors)
-    return pa.table(plain, metadata=table.schema.metadata)
+    return pa.table(plain, metadata=table.schema.metadata) if plain else table
 
 
 def ready_vectors(
@@ -106,12 +106,15 @@ def ready_vectors(
 
 
 def without_ids(table: pa.Table, schema: FeatureSchema) -> tuple[pa.ChunkedArray | None, pa.Table]:
-    """The ids and the other columns: `id`, or the column that the schema calls so."""
-    features = {feature.name for feature in schema.features}
+    """The ids, of `id` or the column that the schema calls so, and the other columns: where there is none, one of
+    nulls, since Arrow forgets how many rows a table without columns has."""
+    features = [feature.name for feature in schema.features]
+    ids = None
     for name in dict.fromkeys((schema.id, "id")):
         if name in table.column_names and name not in features:
-            return table.column(name), table.drop_columns([name])
-    return None, table
+            ids, table = table.column(name), table.drop_columns([name])
+            break
+    return ids, table if table.num_columns else table.append_column(features[0], pa.nulls(len(table)))
 
 
 def read_items(

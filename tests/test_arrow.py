@@ -400,3 +400,31 @@ async def test_nanoseconds_in_a_list_are_cut_as_alone(toys: Running) -> None:
     received(await sent(toys, pa.table({"id": ["a"], "shelved": moments}), "/v1/items"))
     kept = (await toys.client.get("/v1/items/a")).json()["item"]
     assert kept == {"shelved": ["2014-05-13T16:53:20.123456"]}
+
+
+async def test_rows_without_columns_are_items_of_which_nothing_is_known(toys: Running) -> None:
+    nothing = (await post(toys, "/v1/embeddings", {"input": [{}]})).json()["data"][0]
+    bare = pa.RecordBatch.from_struct_array(pa.array([{}] * 2049, pa.struct([])))  # more than are encoded at once
+    for table in (pa.Table.from_batches([bare]), pa.table({"id": [f"a{i}" for i in range(2049)]})):
+        answer = received(await sent(toys, table))
+        assert np.abs(vectors(answer) - np.array(nothing["embedding"], np.float32)).max() <= 1e-6
+        assert len(answer) == 2049
+        assert dict(answer["columns"][2048].as_py()) == nothing["columns"]
+
+
+async def test_items_of_ids_alone_are_stored_as_json_would_be(toys: Running) -> None:
+    answer = received(await sent(toys, pa.table({"id": ["a", "b"]}), "/v1/items"))
+    assert answer["status"].to_pylist() == ["created", "created"]
+    stored = await post(toys, "/v1/items", {"items": [{"id": "c"}]})
+    assert dict(answer["columns"][0].as_py()) == stored.json()["items"][0]["columns"]
+    a, c = [(await toys.client.get(f"/v1/items/{item_id}")).json() for item_id in "ac"]
+    assert a["item"] == c["item"] == {}
+    assert a["embedding"] == pytest.approx(c["embedding"], abs=1e-6)
+
+
+async def test_items_of_ids_and_ready_vectors_alone_are_stored(toys: Running) -> None:
+    ready = received(await sent(toys, pa.table({"id": ["a"], "maker": ["Ada"]}))).drop_columns(["columns"])
+    received(await sent(toys, ready, "/v1/items"))
+    kept = (await toys.client.get("/v1/items/a")).json()
+    assert kept["item"] == {}
+    assert kept["embedding"] == pytest.approx(ready["embedding"][0].as_py(), abs=1e-6)
