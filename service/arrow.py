@@ -173,9 +173,14 @@ def _stream(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
 
 
 def _table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
+    source = pa.BufferReader(body)
     try:
-        if any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(body))):
+        if any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(source)):
             raise MalformedRequest("the Arrow stream has compressed buffers: send it uncompressed, as is the default")
+        if behind := len(body) - source.tell():
+            raise MalformedRequest(
+                f"{behind} bytes stand behind the end of the Arrow stream: send one stream a request"
+            )
         batches, rows = [], 0
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
             for batch in reader:

@@ -276,6 +276,8 @@ HARD: dict[str, tuple[bytes, int, str | None]] = {
         stream(pa.table({"maker": [{"named": "Ada"}]})).replace(b"named", b"na\xffed"), 422, "/input/maker"
     ),
     "cut off within": (GOOD[: len(GOOD) // 2], 400, None),
+    "two streams": (GOOD + GOOD, 400, None),
+    "a stream and noise": (GOOD + b"\0", 400, None),
     "compressed": (stream(pa.Table.from_pylist([TOY]), compression="zstd"), 400, None),
     "compressed dictionary": (
         stream(pa.table({"maker": pa.array(["Ada"]).dictionary_encode()}), compression="lz4"), 400, None
@@ -327,6 +329,12 @@ async def test_a_hard_stream_has_its_status_and_its_place(toys: Running, case: s
         assert answer.status_code in {200, 422}, answer.text  # a wrong value refuses its row alone, and ids are missing
     else:
         assert_problem(await sent(toys, body, path), status, pointer)
+
+
+async def test_a_stream_may_end_with_the_body(toys: Running) -> None:
+    end = struct.pack("<iI", -1, 0)
+    assert GOOD.endswith(end)
+    assert len(received(await sent(toys, GOOD.removesuffix(end)))) == 1
 
 
 async def test_a_stream_is_not_taken_where_there_is_no_table_in_it(toys: Running) -> None:
