@@ -1,6 +1,7 @@
 """Notes: what was not plain about the columns of each item, and which values had the wrong type."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -173,5 +174,7 @@ def _shown(value: Any) -> str:
         return f"an object of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 256:  # thousands of digits are not even written by Python
         return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, date):
+        return f"the {'time' if isinstance(value, datetime) else 'date'} {value.isoformat()}"
     text = repr(value)
     return f"{_JSON_NAMES.get(type(value), type(value).__name__)} {text if len(text) <= 60 else text[:57] + '...'}"

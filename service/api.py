@@ -433,7 +433,7 @@ class Api:
         """Its items, their columns, and the vectors of those that are taken, if they are ready."""
         table = arrow.read_table(body, self._limits, "/items")
         vectors, table = arrow.ready_vectors(table, version.schema, version.fingerprint, version.dim)
-        ids, table = arrow.without_ids(arrow.finite(table), version.schema)
+        ids, table = arrow.without_ids(table, version.schema)
         if ids is None:
             raise InvalidRequest.at("/items/id", f"is missing: send a column id, or {version.schema.id!r}")
         entries = requests.read_entries(arrow.items_of(table), ids.to_pylist(), self._limits, len(body))

@@ -299,11 +299,17 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
     if types.is_date(kind):
         _moments(column.cast(pa.timestamp("ms" if types.is_date64(kind) else "s")))
         return column
-    if types.is_float16(kind):
-        return column.cast(pa.float32())
     if types.is_decimal(kind):
         return column.cast(pa.float64())
+    if types.is_floating(kind):
+        return _finite(column.cast(pa.float32()) if types.is_float16(kind) else column)
     return column
+
+
+def _finite(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Without numbers that JSON has no word for: they are missing."""
+    kept = pc.is_finite(column)
+    return column if pc.all(kept, min_count=0).as_py() else pc.if_else(kept, column, None)
 
 
 def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -353,26 +359,12 @@ def _taken(texts: pa.Array, indices: pa.Array) -> pa.Array:
     return pa.Array.from_buffers(texts.type, len(taken), [*taken.buffers(), *data], offset=taken.offset)
 
 
-def finite(table: pa.Table) -> pa.Table:
-    """The same without numbers that JSON has no word for: they are missing."""
-    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
-        if pa.types.is_floating(column.type):
-            table = table.set_column(place, name, pc.if_else(pc.is_finite(column), column, None))
-    return table
-
-
 def items_of(table: pa.Table) -> list[dict[str, Any]]:
-    """Items as they would have come in JSON, without what is null; of a table of finite numbers."""
+    """Items as JSON would have brought them, but for moments, which become text when they are stored; without what is
+    null."""
     names = table.column_names
-    columns = [_json_values(column) for column in table.columns]
+    columns = [column.to_pylist() for column in table.columns]
     return [
         {name: value for name, value in zip(names, row, strict=True) if value is not None}
         for row in zip(*columns, strict=True)
     ]
-
-
-def _json_values(column: pa.ChunkedArray) -> list[Any]:
-    if pa.types.is_temporal(column.type):
-        return [None if moment is None else moment.isoformat() for moment in column.to_pylist()]
-    values: list[Any] = column.to_pylist()
-    return values

@@ -8,6 +8,7 @@ the columns that are there. Other kinds of columns, such as text, can only be as
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any, Final, Literal
@@ -103,7 +104,7 @@ def number(feature: Feature, value: Any) -> float:
     read: float | None
     if type(value) is float or type(value) is int:
         read = float(value)
-    elif isinstance(value, str) and isinstance(feature, Timestamp):
+    elif isinstance(value, str | date) and isinstance(feature, Timestamp):
         read = unix_seconds(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         read = float(value)

@@ -71,12 +71,12 @@ def read_embeddings(body: bytes, schema: FeatureSchema, limits: Limits) -> Embed
     if not (is_model_name(model) and is_format(encoding_format) and is_size(size)):
         raise NotColumns
     table = pa.Table.from_arrays(items.values.flatten(), names=[field.name for field in items.type.value_type])
+    if not all(map(_is_finite, table.columns)):
+        raise NotColumns
     try:
         table = arrow.within(table, limits, "/input", len(body))
     except InvalidRequest:
         raise NotColumns from None
-    if not all(map(_is_finite, table.columns)):
-        raise NotColumns
     return EmbeddingsColumns(table, model, encoding_format == "base64", size)
 
 
@@ -118,5 +118,5 @@ def _type(feature: Feature) -> pa.DataType:
 
 def _is_finite(column: pa.ChunkedArray) -> bool:
     """Arrow also reads NaN and Infinity, which are no JSON."""
-    values = pc.list_flatten(column) if pa.types.is_large_list(column.type) else column
+    values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
     return not pa.types.is_floating(values.type) or pc.all(pc.is_finite(values), min_count=0).as_py()

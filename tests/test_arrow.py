@@ -17,6 +17,7 @@ import serving
 from serving import DIM, ITEMS, TOY, TOYS, Running, assert_problem, post
 
 from service import arrow
+from service.requests import Limits
 
 pytestmark = pytest.mark.anyio
 
@@ -199,21 +200,48 @@ async def test_a_wrong_row_is_refused_alone(toys: Running) -> None:
     assert pointers == ["/items/0/id", "/items/1/added", "/items/2/id", None]
 
 
-async def test_a_date_where_a_label_belongs_is_stored_as_its_text(toys: Running) -> None:
-    table = pa.table({"id": ["a"], "maker": pa.array([16_071], pa.date32())})
-    answer = received(await sent(toys, table, "/v1/items"))
-    assert answer["status"].to_pylist() == ["created"]
-    assert dict(answer["columns"].to_pylist()[0])["maker"] == "oov"
-    assert (await toys.client.get("/v1/items/a")).json()["item"] == {"maker": "2014-01-01"}
+@pytest.mark.parametrize("column", ["maker", "name", "age", "price", "tags"])
+async def test_a_moment_where_none_belongs_is_refused_by_both_calls_in_the_words_of_the_api(
+    toys: Running, column: str
+) -> None:
+    for word, moment in (("date", date(2014, 1, 1)), ("time", datetime(2014, 1, 1, 12))):
+        table = pa.table({"id": ["a", "b"], column: [None, moment]})
+        problem = assert_problem(await sent(toys, table), 422, f"/input/1/{column}")
+        assert problem["detail"].endswith(f", got the {word} {moment.isoformat()}")
+        answer = received(await sent(toys, table, "/v1/items"))
+        assert answer["status"][1].as_py() == "refused"
+        [error] = answer["errors"][1].as_py()
+        assert error == {"pointer": f"/items/1/{column}", "detail": problem["errors"][0]["detail"]}
 
 
-async def test_a_number_that_json_has_no_word_for_is_missing_in_the_item_and_in_its_vector(toys: Running) -> None:
-    table = pa.table({"id": ["a", "b"], "maker": ["Ada", "Ada"], "price": [math.inf, None]})
-    answer = received(await sent(toys, table, "/v1/items"))
-    assert [dict(marks)["price"] for marks in answer["columns"].to_pylist()] == ["missing", "missing"]
+async def test_moments_are_stored_as_their_text_and_can_be_searched_by(toys: Running) -> None:
+    """A label of another type in the second row, so that all are read item by item."""
+    day, noon = date(2014, 1, 1), datetime(2014, 1, 1, 12, tzinfo=UTC)
+    for added, text in ((pa.array([day] * 2), "2014-01-01"), (pa.array([noon] * 2), "2014-01-01T12:00:00+00:00")):
+        table = pa.table({"id": ["a", None], "added": added, "shelved": added})
+        received(await sent(toys, table, "/v1/items"))
+        assert (await toys.client.get("/v1/items/a")).json()["item"] == {"added": text, "shelved": text}
+        asked = {"item": {}, "filter": {"range": {"added": {"gte": text, "lte": text}}}}
+        found = (await post(toys, "/v1/similar", asked)).json()["neighbors"]
+        assert [neighbor["id"] for neighbor in found] == ["a"]
+
+
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+async def test_a_number_that_json_has_no_word_for_is_missing_to_both_calls(toys: Running, odd: float) -> None:
+    table = pa.table({"id": ["a", "b"], "maker": ["Ada", "Ada"], "price": [odd, None]})
+    stored, embedded = received(await sent(toys, table, "/v1/items")), received(await sent(toys, table))
+    for answer in (stored, embedded):
+        assert [dict(marks)["price"] for marks in answer["columns"].to_pylist()] == ["missing", "missing"]
     first, second = [(await toys.client.get(f"/v1/items/{item_id}")).json() for item_id in "ab"]
     assert first["item"] == second["item"] == {"maker": "Ada"}
-    assert first["embedding"] == second["embedding"]
+    for vector in (first["embedding"], second["embedding"], *vectors(embedded)):
+        assert vector == pytest.approx(first["embedding"], abs=1e-6)
+
+
+def test_such_a_number_in_a_list_is_a_gap() -> None:
+    table = pa.table({"views": [[1.5, math.inf, math.nan], None]})
+    limits = Limits(items=9, rows=9, labels=9, string=9, k=9, exclude=9, queries=9, examples=9, filter=9)
+    assert arrow.read_table(stream(table), limits, "/input")["views"].to_pylist() == [[1.5, None, None], None]
 
 
 @pytest.mark.parametrize("maker", ["Ada", None])
