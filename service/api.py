@@ -431,7 +431,7 @@ class Api:
         self, body: bytes, version: ModelVersion
     ) -> tuple[list[Entry | RefusedEntry], pa.Table, Vectors | None]:
         """Its items, their columns, and the vectors of those that are taken, if they are ready."""
-        table = arrow.read_table(body, self._limits, "/items")
+        table = arrow.read_table(body, version.schema, self._limits, "/items")
         vectors, table = arrow.ready_vectors(table, version.schema, version.fingerprint, version.dim)
         ids, table = arrow.without_ids(table, version.schema)
         if ids is None:

@@ -29,6 +29,10 @@ SPREAD: Final = 8
 SPREAD_ANYWAY: Final = 8 << 20
 """Bytes that it may take however few were sent: no more than JSON has that says the same."""
 
+IGNORED: Final = 16 << 20
+"""Bytes that an answer may take to name, item by item, the columns that the schema does not. In JSON who wants to hear
+so much has to send almost as much; an Arrow stream names a column once, and a boolean of it is a bit."""
+
 UNIT: Final = 1e-3
 """By how much the length of a ready vector may differ from 1."""
 
@@ -40,16 +44,30 @@ FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799
 PER_SECOND: Final = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
-def read_table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
+def read_table(body: bytes, schema: FeatureSchema, limits: Limits, pointer: str) -> pa.Table:
     """The stream as one table of plain columns.
 
     Raises `MalformedRequest` for what is no such stream, `InvalidRequest` with `pointer`/column for a column of a type
-    that no item has, and with `pointer`/row/column for a value beyond a limit.
+    that no item has, with `pointer`/row/column for a value beyond a limit, and with `pointer` for more columns that the
+    schema does not name than an answer has room for.
     """
     table = _table(body, limits, pointer)
     if not 1 <= len(table) <= limits.rows:
         raise InvalidRequest.at(pointer, f"has {len(table)} rows; a stream takes 1 to {limits.rows}")
-    return within(table, limits, pointer, len(body))
+    table = within(table, limits, pointer, len(body))
+    _require_room_to_name(table, schema, pointer)
+    return table
+
+
+def _require_room_to_name(table: pa.Table, schema: FeatureSchema, pointer: str) -> None:
+    ignored = set(table.column_names) - {schema.id, "id", *(feature.name for feature in schema.features)}
+    size = len(table) * sum(len(f'"{name}":"ignored",'.encode()) for name in ignored)
+    if size > IGNORED:
+        detail = (
+            f"has {len(ignored)} columns that the model {schema.name!r} does not use; to name them item by item takes"
+        )
+        detail = f"{detail} {size} bytes of up to {IGNORED}: leave them out, or send fewer rows"
+        raise InvalidRequest.at(pointer, detail)
 
 
 def within(table: pa.Table, limits: Limits, pointer: str, size: int) -> pa.Table:
@@ -121,7 +139,7 @@ def read_items(
     body: bytes, schema: FeatureSchema, limits: Limits, pointer: str
 ) -> tuple[pa.ChunkedArray | None, pa.Table]:
     """The ids, where there are any, and the columns. Raises what `read_table` raises."""
-    return without_ids(read_table(body, limits, pointer), schema)
+    return without_ids(read_table(body, schema, limits, pointer), schema)
 
 
 def embeddings(

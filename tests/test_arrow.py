@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import serving
-from serving import DIM, ITEMS, TOY, TOYS, Running, assert_problem, post
+from serving import DIM, ITEMS, SCHEMA, TOY, TOYS, Running, assert_problem, post
 
+from itemvec.schema import FeatureSchema
 from service import arrow
 from service.requests import Limits
 
@@ -241,7 +242,8 @@ async def test_a_number_that_json_has_no_word_for_is_missing_to_both_calls(toys:
 def test_such_a_number_in_a_list_is_a_gap() -> None:
     table = pa.table({"views": [[1.5, math.inf, math.nan], None]})
     limits = Limits(items=9, rows=9, labels=9, string=9, k=9, exclude=9, queries=9, examples=9, filter=9)
-    assert arrow.read_table(stream(table), limits, "/input")["views"].to_pylist() == [[1.5, None, None], None]
+    _, columns = arrow.read_items(stream(table), FeatureSchema.from_yaml(SCHEMA % "numeric"), limits, "/input")
+    assert columns["views"].to_pylist() == [[1.5, None, None], None]
 
 
 @pytest.mark.parametrize("maker", ["Ada", None])
@@ -464,3 +466,16 @@ async def test_items_of_ids_and_ready_vectors_alone_are_stored(toys: Running) ->
     kept = (await toys.client.get("/v1/items/a")).json()
     assert kept["item"] == {}
     assert kept["embedding"] == pytest.approx(ready["embedding"][0].as_py(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("path", "pointer"), [("/v1/embeddings", "/input"), ("/v1/items", "/items")])
+async def test_columns_that_the_model_does_not_use_are_no_more_than_an_answer_can_name(
+    toys: Running, path: str, pointer: str
+) -> None:
+    bits, ids = np.zeros(16_384, bool), [str(i) for i in range(16_384)]
+    for shelves in ({f"shelf {i}": bits for i in range(250)}, {"shelf" * 1000: bits}):
+        problem = assert_problem(await sent(toys, pa.table({"id": ids, **shelves}), path), 422, pointer)
+        assert f"has {len(shelves)} columns that the model 'toys' does not use" in problem["detail"]
+        assert problem["detail"].endswith("leave them out, or send fewer rows")
+    few = pa.table({"id": ids[:100], **{f"shelf {i}": bits[:100] for i in range(250)}})
+    assert len(received(await sent(toys, few, path))["columns"][99]) >= 250
