@@ -6,6 +6,7 @@ a dictionary or as views), compressed buffers that unpack to gigabytes. What is 
 types, of bounded size, that can be turned into Python objects.
 """
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -313,9 +314,10 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
                 raise _Wrong(detail, pc.index(lengths, longest).as_py())
         return column
     if types.is_timestamp(kind):
-        return _moments(column)
+        _require_years(column)
+        return column.cast(pa.timestamp("us", kind.tz and "UTC"), safe=False)
     if types.is_date(kind):
-        _moments(column.cast(pa.timestamp("ms" if types.is_date64(kind) else "s")))
+        _require_years(column.cast(pa.timestamp("ms" if types.is_date64(kind) else "s")))
         return column
     if types.is_decimal(kind):
         return column.cast(pa.float64())
@@ -326,20 +328,23 @@ def _values(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
 
 def _finite(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Without numbers that JSON has no word for: they are missing."""
-    kept = pc.is_finite(column)
-    return column if pc.all(kept, min_count=0).as_py() else pc.if_else(kept, column, None)
+    if math.isfinite(pc.sum(column).as_py() or 0.0):  # so all of them are, and this is faster than a look at each
+        return column
+    return pc.if_else(pc.is_finite(column), column, None)
 
 
-def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """In microseconds, which would wrap around if they were made of moments that are not looked at before."""
-    ends, scale = pc.min_max(column.cast(pa.int64())).as_py(), PER_SECOND[column.type.unit]
+def _require_years(moments: pa.ChunkedArray) -> None:
+    """Before they become microseconds, when what is far beyond would wrap around."""
+    ends, scale = pc.min_max(moments.cast(pa.int64())).as_py(), PER_SECOND[moments.type.unit]
     if ends["min"] is not None and (ends["min"] < FIRST_SECOND * scale or ends["max"] >= (LAST_SECOND + 1) * scale):
         raise _Wrong("has a moment beyond the years 1 to 9999")
-    return column.cast(pa.timestamp("us", column.type.tz and "UTC"), safe=False)
 
 
 def _lists(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    counts, mask = pc.list_value_length(column), None
+    if column.null_count:
+        counts, mask = counts.fill_null(0), column.is_null().combine_chunks()
+    lengths = counts.to_numpy()
     longest = column.type.list_size if pa.types.is_fixed_size_list(column.type) else lengths.max(initial=0)
     if longest > limits.labels:
         detail = f"has {longest} entries; a column takes up to {limits.labels}"
@@ -352,7 +357,6 @@ def _lists(column: pa.ChunkedArray, limits: Limits) -> pa.ChunkedArray:
         if wrong.row is None:
             raise
         raise _Wrong(str(wrong), int(np.searchsorted(ends, wrong.row, "right")) - 1) from None
-    mask = column.is_null().combine_chunks() if column.null_count else None
     return pa.chunked_array([pa.LargeListArray.from_arrays(ends, inside.combine_chunks(), mask=mask)])
 
 
