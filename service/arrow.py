@@ -64,10 +64,8 @@ def _require_room_to_name(table: pa.Table, schema: FeatureSchema, pointer: str) 
     ignored = set(table.column_names) - {schema.id, "id", *(feature.name for feature in schema.features)}
     size = len(table) * sum(len(f'"{name}":"ignored",'.encode()) for name in ignored)
     if size > IGNORED:
-        detail = (
-            f"has {len(ignored)} columns that the model {schema.name!r} does not use; to name them item by item takes"
-        )
-        detail = f"{detail} {size} bytes of up to {IGNORED}: leave them out, or send fewer rows"
+        detail = f"has {len(ignored)} columns that the model {schema.name!r} does not use; to name them item by item"
+        detail = f"{detail} takes {size} bytes, of up to {IGNORED}: leave them out, or send fewer rows"
         raise InvalidRequest.at(pointer, detail)
 
 
