@@ -8,11 +8,13 @@ connection stays with its replica however busy that is, and a replica that ends 
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
+from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from itemvec.errors import ConfigError
@@ -87,6 +89,34 @@ class _AtOnce(HttpToolsProtocol):
     """Gives an answer to the system at once: head and body together, and to HAProxy up to `BUFFER` bytes of them."""
 
     transport: "Joining"  # type: ignore[assignment]
+
+    _head_ends: int | None = None
+    """Where in the data that came last; of a head with `Upgrade`, which is yet to be read without it."""
+
+    def data_received(self, data: "bytes | memoryview") -> None:
+        """A server may ignore Upgrade (RFC 9110, 7.8), but what follows such a head httptools leaves to the protocol
+        that was asked for: it is given the head once more, without the header, and then the rest."""
+        super().data_received(data)  # type: ignore[arg-type]
+        while (end := self._head_ends) is not None:
+            self._head_ends = None
+            super().data_received(self._head_without_upgrade())
+            data = memoryview(data)[end:]
+            super().data_received(data)  # type: ignore[arg-type]
+
+    def _should_upgrade(self) -> bool:
+        """Asked of what httptools takes for an upgrade, which CONNECT without the header is too."""
+        return any(name == b"upgrade" for name, _ in self.headers)
+
+    def handle_websocket_upgrade(self) -> None:
+        """Called for each of them, as httptools says so by an error that names the place."""
+        error = sys.exception()
+        assert isinstance(error, HttpParserUpgrade)  # noqa: S101
+        self._head_ends = error.args[0]
+
+    def _head_without_upgrade(self) -> bytes:
+        first = b"%s %s HTTP/%s" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())
+        fields = (b"%s: %s" % field for field in self.headers if field[0] != b"upgrade")
+        return b"\r\n".join([first, *fields, b"\r\n"])
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         app.read.unbegun += 1

@@ -83,6 +83,53 @@ async def test_answers_with_a_body_and_without_come_one_after_the_other_on_one_c
     await asyncio.wait([task])
 
 
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
+
+
+async def echo(scope, receive, send):
+    """Answers with the method, the path, whether there is Upgrade, and the body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message["body"], message["more_body"]
+    told = b"%s %s %d %s" % (scope["method"].encode(), scope["raw_path"], b"upgrade" in dict(scope["headers"]), body)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(told))]})
+    await send({"type": "http.response.body", "body": told})
+
+
+def put(path, body, more=b""):
+    return b"PUT %s HTTP/1.1\r\nhost: here\r\n%scontent-length: %d\r\n\r\n%s" % (path, more, len(body), body)
+
+
+@pytest.mark.parametrize("pieces", ["one", "head and body", "bytes"])
+@pytest.mark.parametrize("tcp", [True, False])
+async def test_a_request_for_another_protocol_is_answered_as_if_it_had_not_asked(tmp_path, tcp, pieces):
+    path, port = tmp_path / "socket", free_port()
+    task = listen(echo, "127.0.0.1", port, Read()) if tcp else await listen_for_haproxy(echo, path, Read())
+    await asyncio.sleep(0.1)
+    reader, writer = await (asyncio.open_connection("127.0.0.1", port) if tcp else asyncio.open_unix_connection(path))
+    sent = (
+        put(b"/a?b=1", b"upgrade: h2c\r\n\r\n", H2C),
+        put(b"/c", H2C),  # a body that looks like such a head is a body
+        b"PUT /d HTTP/1.1\r\n" + H2C + b"transfer-encoding: chunked\r\n\r\n4\r\nfour\r\n0\r\n\r\n",
+        b"GET /e HTTP/1.1\r\n" + H2C + b"\r\n",
+    )
+    got = b"PUT /a 0 upgrade: h2c\r\n\r\n", b"PUT /c 0 " + H2C, b"PUT /d 0 four", b"GET /e 0 "
+    if pieces == "one":
+        writer.write(b"".join(sent))
+    for request, answer in zip(sent, got, strict=True):
+        head, end, body = request.partition(b"\r\n\r\n")
+        for piece in {"one": [], "head and body": [head + end, body], "bytes": [bytes([b]) for b in request]}[pieces]:
+            writer.write(piece)
+            await asyncio.sleep(0.001)
+        told = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert told.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert await asyncio.wait_for(reader.readexactly(len(answer)), 5) == answer
+    writer.close()
+    task.cancel()
+    await asyncio.wait([task])
+
+
 async def test_a_request_knows_how_many_have_been_read_and_not_begun(tmp_path):
     read, seen = Read(), []
 
