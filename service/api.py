@@ -419,7 +419,10 @@ class Api:
 
     def _champion(self, request: Request, ref: str | None = None) -> ModelVersion:
         """Items belong to a model, not to one of its versions: they are encoded with each that is live."""
-        ref = ref or request.query.get("model")
+        errors: list[FieldError] = []
+        ref = ref or requests.read_model(request.query, errors)
+        if errors:
+            raise InvalidRequest(errors)
         name, at, which = ref.partition("@") if ref is not None else (None, "", "")
         if at and which != "champion":
             raise InvalidRequest.at("/model", f"items are kept for all versions of a model: say {name!r}, not {ref!r}")

@@ -68,7 +68,11 @@ async def test_the_query_string_may_name_it_too_but_not_by_a_misspelt_parameter(
     assert (await post(toys, "/v1/embeddings?model=toys@2", item)).json()["model"] == "toys@2"
     assert (await post(toys, "/v1/embeddings?model=toys@2", named)).json()["model"] == "toys@3"
     assert_problem(await post(toys, "/v1/embeddings?model=", item), 422, "/model")  # a template's empty variable
-    assert (await toys.client.get("/v1/items/none?model=")).status_code == 404
+    for method, path, sent in (
+        ("PUT", "/v1/items/x", TOY), ("GET", "/v1/items/x", None), ("DELETE", "/v1/items/x", None),
+        ("POST", "/v1/items", {"items": [{"id": "x", **TOY}]}),
+    ):  # fmt: skip
+        assert_problem(await toys.client.request(method, f"{path}?model=", json=sent), 422, "/model")
     for path in ("/v1/embeddings?modle=toys@2", "/v1/similar?modle=toys@2"):
         told = assert_problem(await post(toys, path, item), 422, "/modle")
     assert told["detail"] == "/modle: is no parameter that the query string of this call can have; there is none"
