@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from time import perf_counter
 from types import UnionType, coroutine
@@ -34,6 +35,7 @@ from service.problems import (
     MalformedRequest,
     MethodNotAllowed,
     PathNotFound,
+    RequestError,
     TooManyRequests,
     Unauthorized,
     UnsupportedMediaType,
@@ -59,6 +61,8 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-[!-~]*)?")
 """W3C Trace Context, level 1: version, trace, parent, flags; a later version may add more behind them."""
 
+WEIGHT = re.compile(rb"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
+
 
 @dataclass(slots=True)
 class Answer:
@@ -71,6 +75,11 @@ class Answer:
     def json(cls, value: object, status: int = 200) -> "Answer":
         """numpy rows are written as lists of numbers, the shortest that give the same float32 again."""
         return cls(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status)
+
+
+class UnsupportedCoding(UnsupportedMediaType):
+    def __init__(self, got: str) -> None:
+        RequestError.__init__(self, f"the header Content-Encoding was {got!r}; send the body as it is, and without it")
 
 
 class ClientGone(Exception):
@@ -121,12 +130,12 @@ class Request:
         self.seconds["encode"] = self.seconds.get("encode", 0.0) + encode
 
     def wants(self, media_type: bytes) -> bool:
-        """Is the answer to be of this type? If the caller says so, or sends it and does not ask for JSON."""
-        accept = self.headers.get(b"accept", b"*/*")
+        """Is the answer to be of this type, or JSON? As the header Accept prefers, and otherwise as the body came."""
+        accept, sent = self.headers.get(b"accept", b"*/*"), self.media_type == media_type
         if accept == b"*/*":
-            return self.media_type == media_type
-        accept = accept.lower()
-        return media_type in accept or (JSON not in accept and self.media_type == media_type)
+            return sent
+        this, json = _preference(accept, media_type), _preference(accept, JSON)
+        return sent if this == json else this > json
 
     async def body(self, *types: bytes) -> bytes:
         """The whole body, of one of these types, or JSON; refused as soon as it is known to be too large."""
@@ -135,6 +144,8 @@ class Request:
         # service on loopback without keys is safe from such pages because of this line.
         if (media_type := self.media_type) not in types:
             raise UnsupportedMediaType(media_type.decode("latin-1")[:100], [one.decode() for one in types])
+        if (coding := self.headers.get(b"content-encoding")) and coding.strip().lower() != b"identity":
+            raise UnsupportedCoding(coding.decode("latin-1")[:100])
         announced = self.headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.max_body:
             raise BodyTooLarge(self.max_body)
@@ -391,6 +402,25 @@ class Edge:
             await send({"type": f"lifespan.{part}.complete"})
             if part == "shutdown":
                 return
+
+
+@lru_cache(maxsize=64)  # callers have few different ones
+def _preference(accept: bytes, media_type: bytes) -> tuple[float, int]:
+    """What a header Accept says of a type (RFC 9110, 12.5.1): the weight of the range that names it most closely, and
+    how closely that does. A type that no range names comes before one that is refused.
+
+    >>> said = b"application/json;q=0.5, application/*, text/html;q=0.9"
+    >>> _preference(said, b"application/json"), _preference(said, b"application/xml"), _preference(said, b"text/css")
+    ((0.5, 3), (1.0, 2), (0.0, 0))
+    """
+    ranges = b"*/*", media_type.partition(b"/")[0] + b"/*", media_type
+    closeness, weight = 0, 0.0
+    for said in accept.lower().split(b","):
+        named, *parameters = map(bytes.strip, said.split(b";"))
+        if named in ranges and (close := ranges.index(named) + 1) > closeness:
+            weights = filter(None, map(WEIGHT.fullmatch, parameters))
+            closeness, weight = close, next((float(found[1]) for found in weights), 1.0)
+    return weight, closeness if weight else -closeness
 
 
 def _trace(given: bytes | None, fresh: str) -> str:

@@ -1,6 +1,7 @@
 """What every request passes, whatever it asks for: limits of its body, headers, keys, admission."""
 
 import asyncio
+import gzip
 import logging
 import re
 import threading
@@ -13,6 +14,7 @@ from serving import TOY, Running, assert_problem, post
 
 from itemvec.version import ModelVersion
 from service import edge
+from service.arrow import STREAM
 
 pytestmark = pytest.mark.anyio
 
@@ -163,6 +165,10 @@ async def _raw_call(
     return sent[0]["status"], sent[1]["body"]
 
 
+async def _never() -> dict[str, Any]:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}]
 )
@@ -177,7 +183,47 @@ async def test_the_media_type_may_have_parameters(toys: Running) -> None:
     assert answer.status_code == 200
 
 
+async def test_a_compressed_body_is_refused_by_the_name_of_its_coding(toys: Running) -> None:
+    body = orjson.dumps({"input": [TOY]})
+    headers = {**serving.JSON, "Content-Encoding": "gzip"}
+    answer = await toys.client.post("/v1/embeddings", content=gzip.compress(body), headers=headers)
+    assert re.search("Content-Encoding was 'gzip'; send the body as it is", assert_problem(answer, 415)["detail"])
+    plain = {**serving.JSON, "Content-Encoding": "Identity"}
+    assert (await toys.client.post("/v1/embeddings", content=body, headers=plain)).status_code == 200
+
+
 # Headers and paths
+
+
+@pytest.mark.parametrize(
+    ("accept", "of_json", "of_arrow"),
+    [
+        (None, "JSON", "Arrow"),
+        ("*/*", "JSON", "Arrow"),
+        ("ARROW", "Arrow", "Arrow"),
+        ("application/json", "JSON", "JSON"),
+        ("ARROW;q=0, application/json", "JSON", "JSON"),
+        ("application/json, ARROW;q=0.1", "JSON", "JSON"),
+        ("application/json;q=0.1,ARROW; q=0.25", "Arrow", "Arrow"),
+        ("application/json;q=0, */*", "Arrow", "Arrow"),
+        ("ARROW;q=0", "JSON", "JSON"),
+        ("ARROW, application/json", "JSON", "Arrow"),
+        ("application/json, text/plain, */*", "JSON", "JSON"),
+        ("Application/*;q=0.5, */*;q=0.1", "JSON", "Arrow"),
+        ("ARROWx, text/html", "JSON", "Arrow"),
+        ("ARROW;q=high, , ;", "Arrow", "Arrow"),
+    ],
+)
+def test_the_answer_has_the_form_that_accept_gives_more_weight_and_else_that_of_the_request(
+    accept: str | None, of_json: str, of_arrow: str
+) -> None:
+    def form(sent: bytes) -> str:
+        headers = [(b"content-type", sent)]
+        if accept is not None:
+            headers.append((b"accept", accept.replace("ARROW", STREAM.decode()).encode()))
+        return "Arrow" if edge.Request({"headers": headers}, _never, 0).wants(STREAM) else "JSON"
+
+    assert (form(edge.JSON), form(STREAM)) == (of_json, of_arrow)
 
 
 async def test_the_request_id_comes_back(toys: Running) -> None:
