@@ -1,5 +1,6 @@
 """The commands `serve` and `demo`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ def serve(**given: Any) -> None:
     It starts Ray Serve and, unless REDIS_URL names a Redis, an embedded server that keeps its data in the data folder.
     All settings can come from the environment; docs/service.md lists them, limits and keys included.
     """
-    from service.config import ServiceConfig
+    from service.config import ServiceConfig, misspelt
     from service.runtime import running
 
+    for name, likely in misspelt(os.environ).items():
+        click.echo(f"itemvec: {name} is no setting and changes nothing; did you mean {likely}?", err=True)
     config = ServiceConfig.read(**given)
     console = Console(stderr=True)
     try:

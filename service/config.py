@@ -5,8 +5,11 @@ Whoever starts the service reads them once, with `ServiceConfig.read`, and hands
 
 import ipaddress
 import os
+import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -28,6 +31,9 @@ SCOPES: Final = frozenset({"read", "write", "admin"})
 MIN_KEY_LENGTH: Final = 16
 UNASKED_REPLICAS: Final = 4
 """As many at most where nobody says how many: whoever runs a large machine for this alone can say so."""
+
+READ_ELSEWHERE: Final = frozenset({"ITEMVEC_KEY", "ITEMVEC_URL", "ITEMVEC_TRACEBACK"})
+"""Variables of the commands, which are no settings of the service."""
 
 NO_CHAMPION: Final = (
     "the registry {} has no champion to serve: run itemvec train, or name one with itemvec models promote"
@@ -72,7 +78,8 @@ class ServiceConfig(BaseSettings):
 
     versions_kept: PositiveInt = 4
     """Pinned versions that a replica holds besides the champion; the films' takes 18 MB, and up to 64 MB more for what
-    is worked out of it beforehand."""
+    is worked out of it beforehand. Without a bound: what a version takes depends on its model, and only those that a
+    request has named are loaded."""
 
     registry_poll_seconds: PositiveFloat = 2.0
     """A replica that missed a switch, since it was starting, is behind for this long at most."""
@@ -192,6 +199,13 @@ class ServiceConfig(BaseSettings):
         # Ray's processes have their own working folder.
         return path.expanduser().absolute() if path is not None else None
 
+    @field_validator("redis_maxmemory")
+    @classmethod
+    def _memory(cls, size: str | None) -> str | None:
+        if size is not None and not re.fullmatch(r"[0-9]+([kmg]?b|[kmg])?", size.lower()):
+            raise ValueError("expected bytes, or a number with k, kb, m, mb, g or gb: 2gb")
+        return size
+
     @field_validator("registry")
     @classmethod
     def _absolute_folder(cls, registry: str) -> str:
@@ -240,6 +254,21 @@ class ServiceConfig(BaseSettings):
         if not keys:
             raise ValueError(f"the file of keys {self.api_keys_file} has none")
         return keys
+
+
+def misspelt(variables: Iterable[str]) -> dict[str, str]:
+    """Of variables that look like ours and that nobody reads, those close to a setting, with the setting's name.
+
+    Others are not ours to judge: Kubernetes itself sets ITEMVEC_SERVICE_HOST where a service is called itemvec.
+
+    >>> misspelt(["ITEMVEC_MAX_INFLIGHT", "ITEMVEC_PORT", "ITEMVEC_SERVICE_HOST"])
+    {'ITEMVEC_MAX_INFLIGHT': 'ITEMVEC_MAX_IN_FLIGHT'}
+    """
+    prefix, names = "ITEMVEC_", [name.upper() for name in ServiceConfig.model_fields]
+    read = READ_ELSEWHERE.union(prefix + name for name in names)
+    unread = [one.removeprefix(prefix) for one in variables if one.startswith(prefix) and one not in read]
+    likely = {name: get_close_matches(name, names, 1, 0.75) for name in unread}
+    return {prefix + name: prefix + close[0] for name, close in likely.items() if close}
 
 
 def cores(control_groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -1,9 +1,12 @@
 import sys
 
+import commandline
 import pytest
+from click.testing import CliRunner
 
-from itemvec.errors import ConfigError
-from service.config import ServiceConfig, cores
+from itemvec.errors import ConfigError, ItemvecError
+from service.cli import serve
+from service.config import READ_ELSEWHERE, ServiceConfig, cores, misspelt
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +79,42 @@ def test_a_wrong_file_of_keys_is_told_without_the_key(tmp_path, content, told):
         ({"port": 0}, "port=0: Input should be greater than or equal to 1"),
         ({"api_keys_file": "nowhere"}, "nowhere cannot be read"),
         ({"ray_address": "auto"}, "set REDIS_URL"),
+        ({"redis_maxmemory": "2xx"}, "redis_maxmemory='2xx': expected bytes, or a number with k, kb"),
+        ({"redis_maxmemory": "gb"}, "redis_maxmemory='gb'"),
+        ({"redis_maxmemory": "1.5gb"}, "redis_maxmemory='1.5gb'"),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line(given, told):
     with pytest.raises(ConfigError, match=told) as caught:
         ServiceConfig.read(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["0", "1000000", "64b", "100K", "100kb", "512M", "512mb", "2g", "2GB"])
+def test_memory_is_said_as_redis_takes_it(size):
+    assert ServiceConfig.read(redis_maxmemory=size).redis_maxmemory == size
+
+
+def test_a_misspelt_variable_is_told_at_the_start_with_the_likely_name(monkeypatch):
+    monkeypatch.setenv("ITEMVEC_MAX_INFLIGHT", "9")
+    monkeypatch.setenv("ITEMVEC_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("ITEMVEC_REGISTRY", "nowhere")
+    said = CliRunner().invoke(serve, catch_exceptions=True)
+    assert said.stderr.splitlines() == [
+        "itemvec: ITEMVEC_MAX_INFLIGHT is no setting and changes nothing; did you mean ITEMVEC_MAX_IN_FLIGHT?"
+    ]
+    assert isinstance(said.exception, ItemvecError)  # and the start goes on, to what is wrong with the registry
+
+
+def test_variables_that_others_set_or_read_are_not_taken_for_misspelt_ones():
+    kubernetes = [
+        f"ITEMVEC_{service}{end}"
+        for service in ("", "REDIS_", "SERVE_SVC_", "HEAD_SVC_", "CACHE_")
+        for end in ("SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR", "SERVICE_PORT_SERVE")
+    ]
+    kubernetes += ["ITEMVEC_REDIS_PORT", "ITEMVEC_SERVE_SVC_PORT"]
+    assert misspelt([*kubernetes, *commandline.variables(), "ITEMVEC_TRACEBACK", "REDIS_URL", "HOME"]) == {}
+    assert READ_ELSEWHERE - {"ITEMVEC_TRACEBACK"} <= commandline.variables()
 
 
 def test_a_replica_with_a_core_to_spare_encodes_in_two_threads(monkeypatch):
