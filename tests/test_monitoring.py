@@ -117,6 +117,12 @@ def test_alerts_ask_for_series_and_labels_that_the_service_writes(rule):
     assert told <= labels | {"instance"}, "an alert keeps only the labels that it groups by"
 
 
+def test_unseen_labels_of_a_column_are_compared_with_those_of_its_own_week():
+    (rule,) = [rule for rule in rules() if rule.alert == "ItemvecUnseenLabels"]
+    now, week = " ".join(rule.expr.split()).split(" > on (model, column) 0.2 + ")
+    assert now.count("[1h]") == 3 and now.replace("[1h]", "[1w]") == week
+
+
 def test_the_dashboard_shows_every_series_of_the_service_and_no_other():
     board = json.loads((DEPLOY / "grafana.json").read_text())
     shown = set()
