@@ -82,7 +82,9 @@ format: $(STAMP)
 bench:
 	@echo 'Each benchmark prints a table and leaves DIR/results.json:'
 	@for file in benchmarks/[a-z]*.py; do \
-		[ -e "$$file" ] && echo "  $(BIN)/python -m benchmarks.$$(basename $$file .py) --out DIR"; done; true
+		name=$$(basename $$file .py); data=; [ $$name = quality ] && data=' --data DATA'; \
+		echo "  $(BIN)/python -m benchmarks.$$name$$data --out DIR"; done
+	@echo 'DATA holds tables of which two are not in the repository; benchmarks/README.md says which.'
 
 # In an environment of its own, so that nothing installed by hand gets in. TORCH is held because a newer one is a
 # decision: its wheels are large, and the version decides which CUDA comes with it.

@@ -1,5 +1,6 @@
 """The promises that the project makes about itself: what an import loads, what is pinned, and which commands exist."""
 
+import importlib
 import os
 import re
 import shlex
@@ -137,6 +138,15 @@ def test_every_command_has_its_entry_point_and_its_help():
     for name in ORDER:
         command, _ = commandline.resolve([name])
         assert command.help, name
+
+
+def test_make_lists_the_benchmarks_with_the_options_that_each_must_have():
+    said = subprocess.run(["make", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"-m benchmarks\.(\w+) (.*)", said)
+    assert [name for name, _ in lines] == sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
+    for name, options in lines:
+        main = importlib.import_module(f"benchmarks.{name}").main
+        assert {option.opts[0] for option in main.params if option.required} == set(re.findall(r"--\w+", options))
 
 
 def test_make_help_names_every_target():
