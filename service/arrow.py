@@ -206,9 +206,9 @@ def _table(body: bytes, limits: Limits, pointer: str) -> pa.Table:
                     detail = f"has {rows} rows or more; a stream takes 1 to {limits.rows}"
                     raise InvalidRequest.at(pointer, detail)
                 entries += sum(map(_entries, batch.columns))  # each batch is checked with the whole of its dictionaries
-                if entries > SPREAD * len(body):
-                    detail = f"has dictionaries of {entries} entries, each counted in every batch; a body of {len(body)}"
-                    raise InvalidRequest.at(pointer, f"{detail} takes {SPREAD * len(body)}: send fewer, larger batches")
+                if entries > (room := SPREAD * len(body)):
+                    detail = f"has dictionaries of {entries} entries, each counted in every batch; of {len(body)} bytes"
+                    raise InvalidRequest.at(pointer, f"{detail} {room} are taken: send fewer, larger batches")
                 batch.validate(full=True)  # offsets and texts that lie outside of what was sent
                 batches.append(batch)
             _ = reader.schema.names  # raises where one is no text

@@ -125,7 +125,10 @@ class Metrics:
             "itemvec_store_seconds", "Calls to Redis.", ["operation"], buckets=SECONDS, registry=registry
         )
         self._store_errors = Counter(
-            "itemvec_store_errors_total", "Calls that Redis did not answer, or had to refuse.", ["operation"], registry=registry
+            "itemvec_store_errors_total",
+            "Calls that Redis did not answer or refused.",
+            ["operation"],
+            registry=registry,
         )
         self._rejected = Counter(
             "itemvec_rejected_requests_total",

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +212,16 @@ async def test_a_cluster_with_a_hung_node_costs_no_more_than_200_ms(
         await store.put("h", ids, [b"{}"] * 64, {"aa": np.ones((64, 2))})
         os.kill(cluster[2].pid, signal.SIGSTOP)
         try:
-            put = store.put("h", ids, [b"{}"] * 64, {"aa": np.ones((64, 2))})
-            for call in (store.get_many("h", ids), put, store.ping(), store.count("h")):
+            calls: list[Callable[[], Awaitable[object]]] = [
+                lambda: store.get_many("h", ids),
+                lambda: store.put("h", ids, [b"{}"] * 64, {"aa": np.ones((64, 2))}),
+                store.ping,
+                lambda: store.count("h"),
+            ]
+            for call in calls:
                 async with clock.running() as watch:
                     with pytest.raises(StoreUnavailable):
-                        await call
+                        await call()
                 assert watch.seconds < 0.2
         finally:
             os.kill(cluster[2].pid, signal.SIGCONT)
