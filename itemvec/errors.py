@@ -101,6 +101,7 @@ class RunUnreadable(RegistryError):
 class VersionCorrupt(ItemvecError):
     def __init__(self, ref: str, why: str) -> None:
         super().__init__(f"{ref} is not what was published: {why}; it was not loaded")
+        self.why = why
 
 
 class ItemNotFound(ItemvecError):

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from itemvec.errors import ModelNotFound, RegistryError, VersionNotFound
+from itemvec.errors import ModelNotFound, RegistryError, VersionCorrupt, VersionNotFound
 from itemvec.roots import open_root
 from itemvec.version import MANIFEST, Manifest, ModelVersion, parse_manifest, read_manifest
 
@@ -64,7 +64,10 @@ class Registry:
     def path(self, name: str, version: int) -> Path:
         """A local folder with the version's files."""
         self._require(name, version)
-        return self.root.fetch(name, version)
+        try:
+            return self.root.fetch(name, version)
+        except FileNotFoundError:  # it was removed meanwhile
+            raise VersionCorrupt(f"{name}@{version}", "a file of it is gone") from None
 
     def manifest(self, name: str, version: int) -> Manifest:
         self._require(name, version)
@@ -73,7 +76,8 @@ class Registry:
 
     def load(self, ref: str, device: str = "cpu") -> ModelVersion:
         """Raises ModelNotFound, VersionNotFound, VersionCorrupt."""
-        return ModelVersion.load(self.path(*self.resolve(ref)), device)
+        name, version = self.resolve(ref)
+        return ModelVersion.load(self.path(name, version), device, f"{name}@{version}")
 
     def publish(self, name: str, write: Callable[[Path, int], Any], alias: str | None = None) -> int:
         """Publishes what `write(folder, version)` leaves in the folder it is given, and returns the version.
@@ -84,7 +88,7 @@ class Registry:
         draft = self.root.draft(name)
         try:
             write(draft, version)
-            read_manifest(draft)
+            read_manifest(draft, f"{name}@{version}")
             self.root.publish(draft, name, version)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)

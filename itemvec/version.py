@@ -173,12 +173,15 @@ class ModelVersion:
         return ModelVersion(manifest, self.transform, self.encoder, self.decoder, self.evaluation)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "ModelVersion":
-        """Raises VersionCorrupt unless every file is as published and the golden items give their vectors again."""
-        manifest = read_manifest(folder)
+    def load(cls, folder: Path, device: str = "cpu", ref: str | None = None) -> "ModelVersion":
+        """Raises VersionCorrupt unless every file is as published and the golden items give their vectors again.
+
+        `ref`: what the registry calls it, "movies@7", and its manifest has to as well.
+        """
+        manifest = read_manifest(folder, ref)
         ref = f"{manifest.name}@{manifest.version}"
-        _verify_files(folder, manifest, ref)
         try:
+            _verify_files(folder, manifest, ref)
             transform = FeatureTransform.load(folder / "transform", FeatureSchema.load(folder / "schema.yaml"))
             encoder, decoder = (
                 ItemEncoder(manifest.encoder, transform.layout),
@@ -187,23 +190,24 @@ class ModelVersion:
             encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
             decoder.load_state_dict(load_file(folder / "decoder.safetensors"))
             evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RuntimeError, SchemaError, safetensors.SafetensorError) as error:
-            raise VersionCorrupt(ref, " ".join(str(error).split())) from None
+            golden = pa.parquet.read_table(folder / "golden.parquet")
+        except (OSError, ValueError, RuntimeError, SchemaError, VersionCorrupt, safetensors.SafetensorError) as error:
+            why = error.why if isinstance(error, VersionCorrupt) else " ".join(str(error).split())
+            raise VersionCorrupt(ref, why.replace(f"{folder}/", "")) from None  # callers of a service read it too
         model = cls(manifest, transform, encoder.to(device), decoder.to(device), evaluation)
         # Another release may have more settings, and so another fingerprint of the same vectors: there the sha256s and
         # the golden items have to do.
         same_release = manifest.itemvec_version == itemvec.__version__
         if same_release and (now := fingerprint(transform, encoder)) != manifest.fingerprint:
             raise VersionCorrupt(ref, f"its fingerprint is {now}, the manifest says {manifest.fingerprint}")
-        model._replay(folder / "golden.parquet")
+        model._replay(golden)
         return model
 
-    def _replay(self, path: Path) -> None:
-        table = pa.parquet.read_table(path)
-        items = [json.loads(text) for text in table.column("item").to_pylist()]
+    def _replay(self, golden: pa.Table) -> None:
+        items = [json.loads(text) for text in golden.column("item").to_pylist()]
         if not items:
             return
-        wanted = np.array(table.column("embedding").to_pylist(), np.float32)
+        wanted = np.array(golden.column("embedding").to_pylist(), np.float32)
         worst = float(np.abs(self.encode(items).vectors - wanted).max())
         if not worst <= GOLDEN_TOLERANCE:
             raise VersionCorrupt(
@@ -224,20 +228,27 @@ def fingerprint(transform: FeatureTransform, encoder: ItemEncoder) -> str:
     return sha.hexdigest()[:16]
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, ref: str | None = None) -> Manifest:
+    """`ref` as in `ModelVersion.load`."""
     try:
-        return parse_manifest((folder / MANIFEST).read_bytes(), str(folder))
+        content = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise VersionCorrupt(str(folder), f"it has no {MANIFEST} ({error.strerror})") from None
+        raise VersionCorrupt(ref or str(folder), f"it has no {MANIFEST} ({error.strerror})") from None
+    return parse_manifest(content, ref, str(folder))
 
 
-def parse_manifest(content: bytes, ref: str) -> Manifest:
+def parse_manifest(content: bytes, ref: str | None, place: str = "") -> Manifest:
+    """`ref` as in `ModelVersion.load`; where it is None, an error names the `place`."""
     try:
-        return Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise VersionCorrupt(ref, f"its {MANIFEST} cannot be read: {where} {first['msg']}") from None
+        raise VersionCorrupt(ref or place, f"its {MANIFEST} cannot be read: {where} {first['msg']}") from None
+    says = f"{manifest.name}@{manifest.version}"
+    if ref not in (None, says):  # what is asked of the copy would be done with the version that it was copied from
+        raise VersionCorrupt(ref, f"its {MANIFEST} says {says}, so its folder is a copy of that: publish it again")
+    return manifest
 
 
 def _verify_files(folder: Path, manifest: Manifest, ref: str) -> None:

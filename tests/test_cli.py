@@ -16,7 +16,9 @@ from itemvec.registry import Registry
 def registry(tmp_path):
     registry = Registry(tmp_path / "registry")
     for seed in (1, 2):
-        registry.publish("t", lambda folder, _, seed=seed: make(seed).save(folder, [("a", ITEMS[0])]))
+        registry.publish(
+            "t", lambda folder, version, seed=seed: make(seed, version=version).save(folder, [("a", ITEMS[0])])
+        )
     registry.promote("t", 1)
     return registry
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from itemvec.registry import Registry
 
 
 def write(folder, version):
-    make(seed=version).save(folder, [("a", ITEMS[0])])
+    make(seed=version, version=version).save(folder, [("a", ITEMS[0])])
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -78,6 +79,40 @@ def test_a_remote_version_is_fetched_once_and_again_if_the_copy_is_damaged(tmp_p
     assert registry.path("t", 1).joinpath("encoder.safetensors").stat().st_mtime_ns == before
     copy.write_bytes(b"damaged")
     assert registry.load("t@1").ref == "t@1"
+
+
+@pytest.mark.parametrize("registry", ["folder"], indirect=True)
+@pytest.mark.parametrize(("copy", "ref"), [("t/versions/6", "t@6"), ("films/versions/3", "films@3")])
+def test_a_folder_that_was_copied_is_no_version_of_its_new_name(registry, copy, ref):
+    root = Path(registry.url)
+    shutil.copytree(root / "t" / "versions" / "3", root / copy)
+    name, _, version = ref.partition("@")
+    for read in (lambda: registry.load(ref), lambda: registry.manifest(name, int(version))):
+        with pytest.raises(VersionCorrupt, match=rf"{ref} .* says t@3"):
+            read()
+    assert registry.load("t@3").ref == "t@3"
+
+
+def test_what_calls_itself_otherwise_is_not_published(registry):
+    with pytest.raises(VersionCorrupt, match=r"t@4 .* says t@1"):
+        registry.publish("t", lambda folder, version: write(folder, 1))
+    assert registry.versions("t") == [1, 2, 3]
+
+
+def test_a_version_that_is_removed_while_it_is_fetched_is_corrupt(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    registry = Registry(f"memory://{tmp_path.name}")
+    registry.publish("t", write)
+    resolve = registry.resolve
+
+    def removed(ref):
+        found = resolve(ref)
+        registry.root.fs.rm_file(str(registry.root.root / "t/versions/1/golden.parquet"))
+        return found
+
+    monkeypatch.setattr(registry, "resolve", removed)
+    with pytest.raises(VersionCorrupt, match=r"t@1 .* gone"):
+        registry.load("t@1")
 
 
 def test_a_registry_whose_protocol_is_unknown_is_a_config_error():

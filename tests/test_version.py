@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from itemvec.encoder import Decoder, EncoderConfig, ItemEncoder
 from itemvec.errors import VersionCorrupt
@@ -17,13 +18,13 @@ ITEMS = TABLE.drop_columns(["id"]).to_pylist()
 LINEAGE = Lineage(table="t.csv", table_sha256="0" * 64, table_rows=6, train_rows=6, config={"epochs": 1})
 
 
-def make(seed=0, dim=4, features="{color: {kind: nominal}, size: {kind: numeric}}"):
+def make(seed=0, dim=4, features="{color: {kind: nominal}, size: {kind: numeric}}", version=1):
     schema = FeatureSchema.from_yaml(f"name: t\nid: id\nfeatures: {features}")
     transform = FeatureTransform.fit(TABLE, schema)
     torch.manual_seed(seed)
     config = EncoderConfig(dim=dim)
     network, decoder = ItemEncoder(config, transform.layout), Decoder(config, transform.layout)
-    return ModelVersion.make("t", 1, transform, network, decoder, {"loss": 0.5}, LINEAGE)
+    return ModelVersion.make("t", version, transform, network, decoder, {"loss": 0.5}, LINEAGE)
 
 
 @pytest.fixture
@@ -80,6 +81,19 @@ def test_a_missing_file_refuses_the_version(saved):
     (folder / "decoder.safetensors").unlink()
     with pytest.raises(VersionCorrupt, match=r"decoder\.safetensors is missing"):
         ModelVersion.load(folder)
+
+
+def test_a_file_that_goes_while_the_version_is_loaded_refuses_it_by_its_name_in_the_folder(saved, monkeypatch):
+    _, folder = saved
+
+    def removed(path):
+        (folder / "golden.parquet").unlink()
+        return load_file(path)
+
+    monkeypatch.setattr("itemvec.version.load_file", removed)
+    with pytest.raises(VersionCorrupt, match=r"golden\.parquet") as refused:
+        ModelVersion.load(folder)
+    assert str(folder) not in str(refused.value)
 
 
 def test_a_folder_without_a_manifest_is_no_version(tmp_path):
