@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, quote
 import orjson
 from pydantic import BaseModel
 
-from itemvec.errors import FieldError, ItemvecError
+from itemvec.errors import FieldError, ItemvecError, VersionCorrupt
 from service.metrics import Metrics
 from service.problems import (
     MAX_ERRORS,
@@ -381,7 +381,7 @@ class Edge:
     @staticmethod
     def _refusal(error: Exception, request: Request, method: str) -> Answer:
         made = problem(error, request.id, request.path[:1000])
-        if made.status == 500:
+        if made.status == 500 or isinstance(error, VersionCorrupt):
             trace = None if isinstance(error, ItemvecError) else error  # one of ours explains itself
             said = (request.id, request.trace, method, request.path, error)
             log.error("request %s (trace %s) failed: %s %s: %s", *said, exc_info=trace)

@@ -20,6 +20,7 @@ from itemvec.errors import (
     RegistryError,
     RunNotFound,
     StoreUnavailable,
+    VersionCorrupt,
     VersionNotFound,
 )
 
@@ -137,6 +138,7 @@ STATUS: Final[dict[type[ItemvecError], HTTPStatus]] = {
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,
     StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     RegistryError: HTTPStatus.SERVICE_UNAVAILABLE,
+    VersionCorrupt: HTTPStatus.SERVICE_UNAVAILABLE,
     ItemvecError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 """Looked up along an error's class and its parents. An error that is not even an `ItemvecError` was not meant to be

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import serving
-from serving import TOY, Running, eventually
+from serving import TOY, Running, assert_problem, eventually, post
 
 from itemvec.errors import ModelNotFound, RegistryError, StoreUnavailable, VersionCorrupt
 from itemvec.registry import Registry
@@ -69,6 +69,18 @@ async def test_a_corrupt_champion_is_not_served_the_previous_is(
         assert service.models.champion().ref == "toys@1"
         with pytest.raises(VersionCorrupt):
             await service.models.get("toys@2")
+
+
+async def test_a_pinned_version_that_is_damaged_is_a_503_without_a_path_and_the_log_has_the_reason(
+    toys: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(toys.registry, 2)
+    answer = await post(toys, "/v1/embeddings", {"input": [TOY], "model": "toys@2"})
+    said = assert_problem(answer, 503)
+    assert said["type"] == "urn:itemvec:problem:version-corrupt"
+    assert said["detail"].startswith("toys@2 is not what was published")
+    assert toys.registry.url not in answer.text
+    assert "encoder.safetensors" in caplog.text
 
 
 async def test_a_service_without_any_model_does_not_start(tmp_path: Path, toy_registry: Path, redis_url: str) -> None:
