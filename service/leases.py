@@ -22,6 +22,11 @@ class Leases:
         """Gives that right back; does nothing if another one has it."""
         await self._link.command("EVAL", scripts.RELEASE, 1, Space(name).switch, holder)
 
+    async def holder(self, name: str) -> str | None:
+        """Who has that right now."""
+        holder: bytes | None = await self._link.command("GET", Space(name).switch)
+        return None if holder is None else holder.decode()
+
     async def save_job(self, job_id: str, record: bytes, ttl: float) -> None:
         await self._link.command("SET", f"iv:job:{job_id}", record, "PX", int(ttl * 1000))
 

@@ -96,6 +96,11 @@ class JobNotFound(RequestError):
         super().__init__(f"no job {job_id[:100]!r}; a job is forgotten a day after its end")
 
 
+class JobLost(RequestError):
+    def __init__(self, how: str) -> None:
+        super().__init__(f"the replica that ran this job {how}: start it again")
+
+
 class PromotionRunning(RequestError):
     def __init__(self, name: str, job_id: str) -> None:
         super().__init__(f"model {name!r} is being switched by job {job_id}: wait for it (GET /v1/jobs/{job_id})")
@@ -105,8 +110,8 @@ class PromotionRunning(RequestError):
 class PromotionLost(RequestError):
     def __init__(self, ref: str) -> None:
         super().__init__(
-            f"the promotion of {ref} stood still for so long that another may have begun: it stopped before the "
-            "switch; start it again if it is still wanted"
+            f"the promotion of {ref} stood still, or lacked Redis, for so long that another may have begun: it stopped "
+            "before the switch; start it again if it is still wanted"
         )
 
 
@@ -136,6 +141,7 @@ STATUS: Final[dict[type[ItemvecError], HTTPStatus]] = {
     InvalidRequest: HTTPStatus(422),  # so does this one's
     InvalidItem: HTTPStatus(422),
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,
+    JobLost: HTTPStatus.SERVICE_UNAVAILABLE,
     StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     RegistryError: HTTPStatus.SERVICE_UNAVAILABLE,
     VersionCorrupt: HTTPStatus.SERVICE_UNAVAILABLE,

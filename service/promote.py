@@ -9,9 +9,12 @@ once. Its order is what keeps every write and every answer right:
 
 Whatever fails before the registry is written leaves the champion as it was. The previous version stays live and ready,
 so a rollback is the same job with nothing to encode. One promotion per model runs at a time, whichever replica has it:
-a lease in Redis says so, and what a dead replica held is free again in seconds. One that only stood still has lost the
-lease when it goes on: it stops before the switch, and leaves the index to whoever is at it now. Jobs are kept in Redis
-as well, since a question about one may reach any replica.
+a lease in Redis says so, and what a dead replica held is free again in half a minute. One that stood still for longer
+has lost the lease when it goes on: it stops before the switch, and leaves the index to whoever is at it now. Jobs are
+kept in Redis as well, since a question about one may reach any replica.
+
+A Redis that is away for less than that ends no backfill, which scans again; and what ended while it was away is told
+when it is back. What a job began and could not finish or take back is removed by whoever finds it and no job running.
 """
 
 import asyncio
@@ -19,24 +22,27 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import orjson
 
-from itemvec.errors import ItemvecError, StoreUnavailable
+from itemvec.errors import ItemvecError, StoreUnavailable, VersionCorrupt, VersionNotFound
 from itemvec.version import ModelVersion
 from service import attributes
 from service.items import encode_fitting, encoded
 from service.models import LoadedModels
-from service.problems import JobNotFound, PromotionLost, PromotionRunning, problem
+from service.problems import JobLost, JobNotFound, PromotionLost, PromotionRunning, problem
 from service.store import Store
 
 log = logging.getLogger("itemvec.service")
 
-LEASE_SECONDS = 15.0
-"""A job whose replica has not been heard of for so long is taken for dead."""
+LEASE_SECONDS = 30.0
+"""A job whose replica has not been heard of for so long is taken for dead; for so long it waits for Redis."""
+
+PAUSE_SECONDS = 1.0
+"""Between tries at a store that does not answer: as long as a link may take until it tries it again."""
 
 KEPT_SECONDS = 86_400.0
 PREPARE_SECONDS = 600.0
@@ -58,7 +64,7 @@ BATCH = 128
 TOLD_REFUSALS = 20
 
 WATCH_SECONDS = 30.0
-"""How often it is looked whether an index has outgrown its form."""
+"""How often it is looked whether an index has outgrown its form, and for what ended jobs left."""
 
 State = Literal["running", "succeeded", "failed"]
 Stage = Literal["loading", "encoding items", "waiting for the index", "indexing again", "switching", "done"]
@@ -138,7 +144,8 @@ class Promotions:
         models.when_behind(self.follow)
 
     def start(self) -> None:
-        """From now on looks whether an index should have another form, by its size or the settings; may come twice."""
+        """From now on looks whether an index should have another form, by its size or the settings, and for what ended
+        jobs left; may come twice."""
         if not self._watching:
             self._watching = True
             self._spawn(self._watch())
@@ -186,9 +193,10 @@ class Promotions:
         if record is None:
             raise JobNotFound(job_id)
         job = Job(**orjson.loads(record))
-        if job.state == "running" and time.time() - job.heard > LEASE_SECONDS:
-            gone = StoreUnavailable("the replica that ran this job is gone; start it again")
-            job.state, job.problem = "failed", problem(gone, job.id).body
+        silent = job.state == "running" and time.time() - job.heard > LEASE_SECONDS
+        # A Redis that is full takes no record; the lease can be kept even so.
+        if silent and await self._store.leases.holder(job.name) != job.id:
+            job.state, job.problem = "failed", problem(JobLost("is gone"), job.id).body
         return job
 
     async def _watch(self) -> None:
@@ -198,6 +206,8 @@ class Promotions:
                 if any(job.name == name for job in self._running.values()):
                     continue  # what is read now may be done, and the lease free, when the next job asks for it
                 try:
+                    if await self._left_over(name):
+                        await self._drop(name, self._left_over)
                     if await self._store.indexes.reindex_wanted(name, version.fingerprint):
                         await self._start(name, version.version, "size", "reindex")
                     said.pop(name, None)
@@ -213,45 +223,68 @@ class Promotions:
         job = Job(secrets.token_hex(8), name, version, cause, kind, started=time.time(), heard=time.time())
         holder = await self._store.leases.claim(name, job.id, LEASE_SECONDS)
         patience = time.monotonic() + PATIENCE_SECONDS
-        while holder.startswith(CLEANING) and time.monotonic() < patience:
+        while holder != job.id and time.monotonic() < patience and await self._is_soon_free(holder):
             await asyncio.sleep(0.05)
             holder = await self._store.leases.claim(name, job.id, LEASE_SECONDS)
         if holder.startswith(CLEANING):
             raise StoreUnavailable(f"an old version of {name} is still being removed", retry_after=5.0)
         if holder != job.id:
             raise PromotionRunning(name, holder)
-        self._running[job.id] = job
         await self._note(job)
+        self._running[job.id] = job
         self._spawn(self._run(job))
         return job
 
+    async def _is_soon_free(self, holder: str) -> bool:
+        """Does one hold the lease who removes an old version, or a job that has ended and is about to give it back?"""
+        with contextlib.suppress(JobNotFound):
+            return holder.startswith(CLEANING) or (await self.job(holder)).state != "running"
+        return False
+
     async def _run(self, job: Job) -> None:
+        try:
+            try:
+                failure = await self._failure(job)
+            except asyncio.CancelledError:
+                self._end(job, JobLost("was stopped"))
+                await self._is_told(job)
+                raise
+            self._end(job, failure)
+            while not await self._is_told(job):  # noqa: ASYNC110 - what it waits for is Redis
+                await asyncio.sleep(PAUSE_SECONDS)
+        finally:
+            self._running.pop(job.id, None)
+        if failure is None and job.kind != "backfill":
+            self._spawn(self._drop_old(job.name))
+
+    async def _failure(self, job: Job) -> Exception | None:
+        """Does the work; None if that went well."""
         kinds = {"promotion": self._switch, "backfill": self._fill, "reindex": self._reindex}
         work = asyncio.create_task(kinds[job.kind](job))
         renewal = asyncio.create_task(self._renew(job.name, job.id, job))
-        failure: Exception | None = StoreUnavailable("the replica that ran this job was stopped; start it again")
         try:
             await _while_held(job, work, renewal)
-            failure = None
         except Exception as error:
             trace = None if isinstance(error, ItemvecError) else error
             log.warning(
                 "job %s (%s of %s@%d) failed: %s", job.id, job.kind, job.name, job.version, error, exc_info=trace
             )
-            failure = error
+            return error
         finally:
             work.cancel()
-            await asyncio.wait({work})
             renewal.cancel()
-            # The lease first: who reads that the job has ended may start the next one.
-            with contextlib.suppress(StoreUnavailable):
-                await self._store.leases.release(job.name, job.id)
-            self._end(job, failure)
-            with contextlib.suppress(StoreUnavailable):
-                await self._note(job)
-            self._running.pop(job.id, None)
-        if failure is None and job.kind != "backfill":
-            self._spawn(self._drop_old(job.name))
+            await asyncio.wait({work, renewal})
+        return None
+
+    async def _is_told(self, job: Job) -> bool:
+        """Writes how the job ended and gives the lease back; False if the store did not answer. Until it does the lease
+        is kept, without which the others take the replica for dead."""
+        with contextlib.suppress(StoreUnavailable):
+            await self._store.leases.renew(job.name, job.id, LEASE_SECONDS)
+            await self._note(job)
+            await self._store.leases.release(job.name, job.id)
+            return True
+        return False
 
     def _end(self, job: Job, failure: Exception | None) -> None:
         if failure is None:
@@ -266,7 +299,7 @@ class Promotions:
     async def _switch(self, job: Job) -> None:
         name, number = job.name, job.version
         await self._fill(job)
-        await self._hold(job)
+        await self._hold_patiently(job)
         job.stage = "switching"
         await self._models.in_thread(self._models.registry.promote, name, number)
         try:
@@ -280,12 +313,12 @@ class Promotions:
         await self._fleet.call("prepare_version", name, number, timeout=PREPARE_SECONDS)
         version = await self._models.get(f"{name}@{number}")
         job.fingerprint = version.fingerprint
-        if version.fingerprint not in await self._store.ready(name) or not await self._has_columns(version):
-            was_live = version.fingerprint in await self._store.live(name)
+        ready = await self._store.ready(name)
+        if version.fingerprint not in ready or not await self._has_columns(version):
             try:
                 await self._backfill(job, version)
             except BaseException:
-                if not was_live:
+                if version.fingerprint not in ready | self._served(name):
                     await asyncio.shield(self._spawn(self._withdraw(job, version), self._taking_back))
                 raise
 
@@ -300,21 +333,26 @@ class Promotions:
             await self._store.indexes.reindex(job.name, fingerprint)
 
     async def _backfill(self, job: Job, version: ModelVersion) -> None:
-        name, fingerprint, store = job.name, version.fingerprint, self._store
-        fields = attributes.index_fields(version.schema)
-        await store.indexes.ensure(name, fingerprint, version.dim, items_hint=await store.count(name), fields=fields)
-        await store.mark_live(name, fingerprint, version.ref)
-        await store.indexes.remove_orphans(name, fingerprint)
         for tries_left in reversed(range(SCAN_TRIES)):
             try:
-                await self._encode_stored(job, version)
-                await self._wait_for_index(job, version)
+                await self._fill_index(job, version)
                 break
             except StoreUnavailable as error:
                 if not tries_left:
                     raise
                 log.warning("job %s scans the items again: %s", job.id, error)
-                await asyncio.sleep(error.retry_after)
+                await asyncio.sleep(max(PAUSE_SECONDS, error.retry_after))
+                await self._hold_patiently(job)
+
+    async def _fill_index(self, job: Job, version: ModelVersion) -> None:
+        """May be done again, wherever it was cut short."""
+        name, fingerprint, store = job.name, version.fingerprint, self._store
+        fields = attributes.index_fields(version.schema)
+        await store.indexes.ensure(name, fingerprint, version.dim, items_hint=await store.count(name), fields=fields)
+        await store.mark_live(name, fingerprint, version.ref)
+        await store.indexes.remove_orphans(name, fingerprint)
+        await self._encode_stored(job, version)
+        await self._wait_for_index(job, version)
         await store.indexes.reindex(name, fingerprint, fields=fields)
         await store.mark_ready(name, fingerprint)
 
@@ -369,6 +407,18 @@ class Promotions:
         if not await self._store.leases.renew(job.name, job.id, LEASE_SECONDS):
             raise PromotionLost(f"{job.name}@{job.version}")
 
+    async def _hold_patiently(self, job: Job) -> None:
+        """The same, through a time in which the store does not answer."""
+        patience = time.monotonic() + LEASE_SECONDS
+        while True:
+            try:
+                await self._hold(job)
+                break
+            except StoreUnavailable:
+                if time.monotonic() > patience:
+                    raise
+            await asyncio.sleep(PAUSE_SECONDS)
+
     async def _withdraw(self, job: Job, version: ModelVersion) -> None:
         with contextlib.suppress(StoreUnavailable, PromotionLost):
             await self._hold(job)  # otherwise the index may be another job's by now
@@ -378,35 +428,58 @@ class Promotions:
     async def _drop_old(self, name: str) -> None:
         """Of the live versions the champion, the previous one and the challenger stay."""
         await asyncio.sleep(self._grace)
+        await self._drop(name, self._too_old)
+
+    async def _drop(self, name: str, which: Callable[[str], Awaitable[set[str]]]) -> None:
+        """Removes the indexes and vectors of these versions, unless a job runs, which may need them."""
         me = CLEANING + secrets.token_hex(8)
         with contextlib.suppress(StoreUnavailable):
             if await self._store.leases.claim(name, me, LEASE_SECONDS) != me:
-                return  # the promotion that runs now will see to it
+                return
             renewal = asyncio.create_task(self._renew(name, me))
             try:
-                kept = await self._models.in_thread(self._named, name)
-                there = await self._store.indexes.fingerprints(name) | (await self._store.live(name)).keys()
-                for fingerprint in there - kept:
+                for fingerprint in await which(name):
                     if not await self._store.leases.renew(name, me, LEASE_SECONDS):
-                        return  # a promotion that runs now may need it
+                        return
                     await self._store.unmark_live(name, fingerprint)
                     await self._store.indexes.drop(name, fingerprint)
-                    log.info("dropped the index and the vectors of an old version of %s (%s)", name, fingerprint)
+                    log.info("dropped the index and the vectors of %s %s, which nothing needs", name, fingerprint)
             except ItemvecError as error:  # a registry that does not answer now
-                log.warning("what is too old of model %s stays until the next promotion: %s", name, error)
+                log.warning("what nothing needs of model %s is not dropped for now: %s", name, error)
             finally:
                 renewal.cancel()
                 await self._store.leases.release(name, me)
 
+    async def _too_old(self, name: str) -> set[str]:
+        return await self._there(name) - self._served(name) - await self._models.in_thread(self._named, name)
+
+    async def _left_over(self, name: str) -> set[str]:
+        """What a job began that was killed, or failed and could not take it back: every write would go on reaching it,
+        and nothing searches it."""
+        there = await self._there(name)  # first: what becomes ready meanwhile is none
+        return there - self._served(name) - await self._store.ready(name)
+
+    async def _there(self, name: str) -> set[str]:
+        return await self._store.indexes.fingerprints(name) | (await self._store.live(name)).keys()
+
+    def _served(self, name: str) -> set[str]:
+        """The fingerprint of the version that is served, be its index ready or not: writes have to reach it."""
+        return {version.fingerprint for model, version in self._models.serving.items() if model == name}
+
     def _named(self, name: str) -> set[str]:
         """The fingerprints of the versions that have an alias."""
-        registry = self._models.registry
-        return {registry.manifest(name, version).fingerprint for version in registry.aliases(name).values()}
+        registry, named = self._models.registry, set[str]()
+        for alias, version in registry.aliases(name).items():
+            try:
+                named.add(registry.manifest(name, version).fingerprint)
+            except (VersionCorrupt, VersionNotFound) as error:  # cannot be served again
+                log.warning("the alias %s of model %s keeps nothing: %s", alias, name, error)
+        return named
 
     async def _renew(self, name: str, holder: str, job: Job | None = None) -> None:
         """Keeps the lease, and tells how far the job is, until it is cancelled; returns if the lease is lost."""
         while True:
-            await asyncio.sleep(LEASE_SECONDS / 15)
+            await asyncio.sleep(LEASE_SECONDS / 30)
             with contextlib.suppress(StoreUnavailable):
                 if not await self._store.leases.renew(name, holder, LEASE_SECONDS):
                     return

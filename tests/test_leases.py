@@ -15,7 +15,9 @@ async def test_one_switches_at_a_time(store: Store, other: Store) -> None:
     assert await store.leases.claim("movies", "one", ttl=0.05) == "one"
     await asyncio.sleep(0.1)
     assert await other.leases.claim("movies", "two", ttl=10) == "two"
+    assert await store.leases.holder("movies") == "two"
     await other.leases.release("movies", "two")
+    assert await store.leases.holder("movies") is None
     assert await store.leases.claim("movies", "one", ttl=10) == "one"
 
 

@@ -13,6 +13,7 @@ import pytest
 import redis
 import serving
 from serving import ITEMS, JSON, TOY, Running, assert_problem, eventually, post
+from storing import kill
 
 from itemvec.errors import StoreUnavailable
 from itemvec.version import ModelVersion
@@ -20,6 +21,8 @@ from service import index, models, promote
 from service.conditions import Exists
 from service.problems import PromotionRunning
 from service.promote import Job, Promotions
+from service.redis_server import EmbeddedRedis
+from service.store import Store
 
 pytestmark = pytest.mark.anyio
 
@@ -77,6 +80,30 @@ async def test_of_three_versions_the_oldest_is_dropped(tmp_path: Path, toy_regis
         assert (await service.client.put("/v1/items/a", json=TOY)).status_code == 200
         assert await service.store.ready("toys") == {second, third}
         assert first not in await service.store.live("toys")
+        await promotions.stop()
+
+
+@pytest.mark.parametrize("how", ["damaged", "removed"])
+async def test_an_alias_of_a_version_that_is_damaged_or_gone_keeps_nothing_and_what_is_too_old_is_dropped(
+    tmp_path: Path, toy_registry: Path, empty_redis: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving.running(serving.copied(toy_registry, tmp_path / "r"), empty_redis) as service:
+        promotions = Promotions(service.models, service.store, grace=0.0)
+        await _idle(service)
+        filled = await promotions.backfill("toys", 2)
+        await eventually(lambda: _ended(filled))
+        serving.publish(service.registry, 4, alias="challenger")
+        manifest = service.registry.path("toys", 4) / "manifest.json"
+        manifest.write_text("{}") if how == "damaged" else manifest.unlink()
+        job = await promotions.promote("toys", 3)
+        await eventually(lambda: _ended(job))
+        first, third = (service.registry.manifest("toys", n).fingerprint for n in (1, 3))
+
+        async def dropped() -> bool:
+            return await service.store.indexes.fingerprints("toys") == {first, third}
+
+        await eventually(dropped)
+        assert "the alias challenger of model toys keeps nothing" in caplog.text
         await promotions.stop()
 
 
@@ -283,6 +310,60 @@ async def test_a_backfill_that_fails_leaves_nothing_behind(toys: Running, monkey
     assert list((await toys.store.live("toys")).values()) == ["toys@1"]
     monkeypatch.undo()
     assert (await toys.promote(2))["state"] == "succeeded"
+
+
+async def half_filled(service: Running, version: int) -> str:
+    """What a job leaves that is killed at its work."""
+    made = ModelVersion.load(service.registry.path("toys", version))
+    await service.store.indexes.ensure("toys", made.fingerprint, made.dim)
+    await service.store.mark_live("toys", made.fingerprint, made.ref)
+    return made.fingerprint
+
+
+async def test_what_a_killed_job_began_is_taken_back_by_the_next_one_that_fails(
+    toys: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await toys.load()
+    await half_filled(toys, 2)
+
+    async def broken(*_: object) -> int:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(toys.store, "add_vectors", broken)
+    assert (await toys.promote(2))["state"] == "failed"
+    assert not await _is_live(toys, "toys@2")
+
+
+async def test_what_a_killed_job_began_is_taken_back_unless_a_job_runs(
+    toys: Running, raw_redis: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await toys.load()
+    served, left = toys.registry.manifest("toys", 1).fingerprint, await half_filled(toys, 2)
+    await eventually(lambda: _claimed(toys, "a job"))
+    raw_redis.srem("iv:ready:{toys}", served)  # as of a store that was emptied: it is filled again
+    monkeypatch.setattr(promote, "WATCH_SECONDS", 0.01)
+    claim, looked = toys.store.leases.claim, 0
+
+    async def counted(*args: Any) -> str:
+        nonlocal looked
+        looked += 1
+        return await claim(*args)
+
+    async def looked_again() -> bool:
+        return looked > 3
+
+    async def taken_back() -> bool:
+        return await toys.store.indexes.fingerprints("toys") == {served}
+
+    monkeypatch.setattr(toys.store.leases, "claim", counted)
+    promotions = Promotions(toys.models, toys.store)
+    promotions.start()
+    await eventually(looked_again)
+    assert (await toys.store.live("toys")).keys() == {served, left}
+    await toys.store.leases.release("toys", "a job")
+    await eventually(taken_back)
+    assert (await toys.store.live("toys")).keys() == {served}
+    await promotions.stop()
 
 
 async def test_items_that_the_new_version_refuses_are_told_and_the_rest_is_served(toys: Running) -> None:
@@ -556,7 +637,125 @@ async def test_a_job_whose_replica_is_gone_has_failed(toys: Running) -> None:
     await toys.store.leases.save_job("lost", orjson.dumps(asdict(job)), 60.0)
     shown = (await toys.client.get("/v1/jobs/lost")).json()
     assert shown["state"] == "failed"
+    assert shown["problem"]["type"] == "urn:itemvec:problem:job-lost"
     assert "gone" in shown["problem"]["detail"]
+
+
+async def test_a_job_that_holds_its_lease_is_not_gone_though_redis_is_too_full_to_take_its_record(
+    toys: Running,
+) -> None:
+    job = Job("full", "toys", 2, "request", started=1.0, heard=1.0)
+    await toys.store.leases.save_job("full", orjson.dumps(asdict(job)), 60.0)
+    await eventually(lambda: _claimed(toys, "full"))
+    assert (await toys.client.get("/v1/jobs/full")).json()["state"] == "running"
+    await toys.store.leases.release("toys", "full")
+    assert (await toys.client.get("/v1/jobs/full")).json()["state"] == "failed"
+
+
+async def _idle(service: Running) -> None:
+    """The job that made the champion searchable is over."""
+    await eventually(lambda: _claimed(service, "nobody"))
+    await service.store.leases.release("toys", "nobody")
+
+
+async def _claimed(service: Running, holder: str) -> bool:
+    return await service.store.leases.claim("toys", holder, 60.0) == holder
+
+
+async def test_who_reads_that_a_job_has_ended_may_start_the_next_one(toys: Running) -> None:
+    ended = Job("ended", "toys", 3, "request", state="failed", started=1.0, heard=1.0)
+    await toys.store.leases.save_job("ended", orjson.dumps(asdict(ended)), 60.0)
+    await eventually(lambda: _claimed(toys, "ended"))
+    starting = asyncio.create_task(toys.promote(2))
+    await asyncio.sleep(0.1)
+    await toys.store.leases.release("toys", "ended")
+    assert (await starting)["state"] == "succeeded"
+
+
+async def test_a_job_that_ends_while_redis_does_not_answer_is_told_as_it_ended_when_redis_is_back(
+    toys: Running, other: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await toys.load()
+    monkeypatch.setattr(promote, "PAUSE_SECONDS", 0.01)
+    elsewhere, leases, hung = Promotions(toys.models, other), toys.store.leases, False
+    commit = toys.models.commit_version
+
+    def hanging(call: Any) -> Any:
+        async def called(*args: Any) -> Any:
+            if hung:
+                raise StoreUnavailable("Redis did not answer in 0.12 s")
+            return await call(*args)
+
+        return called
+
+    async def commit_and_hang(name: str, version: int) -> None:
+        nonlocal hung
+        await commit(name, version)
+        hung = hung or version == 2  # the first is committed at each poll
+
+    for call in ("renew", "release", "save_job"):
+        monkeypatch.setattr(leases, call, hanging(getattr(leases, call)))
+    monkeypatch.setattr(toys.models, "commit_version", commit_and_hang)
+    job = await toys.promote(2)
+    assert job["state"] == "succeeded", "this replica knows"
+    assert (await elsewhere.job(job["id"])).state == "running"
+    hung = False
+
+    async def told() -> bool:
+        return (await elsewhere.job(job["id"])).state == "succeeded"
+
+    await eventually(told)
+    await eventually(lambda: _claimed(toys, "the next one"))
+
+
+async def test_a_replica_stops_though_redis_does_not_answer(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promote, "PAUSE_SECONDS", 0.01)
+    tried = asyncio.Event()
+
+    async def hung(*_: Any) -> None:
+        tried.set()
+        raise StoreUnavailable("Redis did not answer in 0.12 s")
+
+    promotions = Promotions(toys.models, toys.store)
+    await _idle(toys)
+    job = await promotions.backfill("toys", 1)  # which has an index: nothing to do
+    monkeypatch.setattr(toys.store.leases, "release", hung)
+    await tried.wait()
+    await promotions.stop()
+    assert job.state == "succeeded"
+
+
+async def test_a_backfill_outlasts_a_redis_that_is_away_for_seconds(tmp_path: Path, toy_registry: Path) -> None:
+    registry = serving.copied(toy_registry, tmp_path / "r")
+    (data := tmp_path / "data").mkdir()
+    with EmbeddedRedis(data) as server:
+        async with serving.running(registry, server.url) as service:
+            await service.load()
+            scan, away = service.store.scan, list[asyncio.Task[None]]()
+
+            async def back() -> None:
+                await asyncio.sleep(2.5)
+                await asyncio.to_thread(server.start)
+
+            async def scan_and_die(name: str, batch: int = 500) -> Any:
+                async for items in scan(name, 10):
+                    if not away:
+                        await asyncio.to_thread(kill, server)
+                        away.append(asyncio.create_task(back()))
+                    yield items
+
+            service.store.scan = scan_and_die  # type: ignore[method-assign]
+            answer = await service.client.put("/v1/models/toys/aliases/champion", json={"version": 2})
+            await eventually(lambda: _succeeded(service, answer.json()["job"]["id"]))
+            assert away[0].done()
+            found = (await post(service, "/v1/similar", {"id": "toy 3", "k": 39})).json()
+            assert (found["model"], len(found["neighbors"])) == ("toys@2", 39)
+
+
+async def _succeeded(service: Running, job_id: str) -> bool:
+    job = (await service.client.get(f"/v1/jobs/{job_id}")).json()
+    assert job["state"] != "failed", job
+    return bool(job["state"] == "succeeded")
 
 
 async def test_an_items_life_over_a_switch_ends_right_whenever_it_was_put_or_deleted(
