@@ -189,15 +189,26 @@ class Promotions:
     async def job(self, job_id: str) -> Job:
         if job_id in self._running:
             return self._running[job_id]
+        job = await self._read(job_id)
+        if await self._is_silent(job):
+            # Redis may be back just now, after the lease ran out, and the replica about to tell how it ended.
+            await asyncio.sleep(2 * PAUSE_SECONDS)
+            job = await self._read(job_id)
+            if await self._is_silent(job):
+                job.state, job.problem = "failed", problem(JobLost("is gone"), job.id).body
+        return job
+
+    async def _read(self, job_id: str) -> Job:
         record = await self._store.leases.job(job_id)
         if record is None:
             raise JobNotFound(job_id)
-        job = Job(**orjson.loads(record))
-        silent = job.state == "running" and time.time() - job.heard > LEASE_SECONDS
-        # A Redis that is full takes no record; the lease can be kept even so.
-        if silent and await self._store.leases.holder(job.name) != job.id:
-            job.state, job.problem = "failed", problem(JobLost("is gone"), job.id).body
-        return job
+        return Job(**orjson.loads(record))
+
+    async def _is_silent(self, job: Job) -> bool:
+        """A Redis that is full takes no record of how far the job is, but the lease can be kept even so."""
+        if job.state != "running" or time.time() - job.heard <= LEASE_SECONDS:
+            return False
+        return await self._store.leases.holder(job.name) != job.id
 
     async def _watch(self) -> None:
         said: dict[str, str] = {}
@@ -230,8 +241,9 @@ class Promotions:
             raise StoreUnavailable(f"an old version of {name} is still being removed", retry_after=5.0)
         if holder != job.id:
             raise PromotionRunning(name, holder)
-        await self._note(job)
         self._running[job.id] = job
+        with contextlib.suppress(StoreUnavailable):  # it is noted again in a second
+            await self._note(job)
         self._spawn(self._run(job))
         return job
 

@@ -632,7 +632,8 @@ async def test_unknown_models_versions_and_jobs_are_404(toys: Running) -> None:
     assert_problem(await toys.client.get("/v1/jobs/none"), 404)
 
 
-async def test_a_job_whose_replica_is_gone_has_failed(toys: Running) -> None:
+async def test_a_job_whose_replica_is_gone_has_failed(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promote, "PAUSE_SECONDS", 0.01)
     job = Job("lost", "toys", 2, "request", started=1.0, heard=1.0)
     await toys.store.leases.save_job("lost", orjson.dumps(asdict(job)), 60.0)
     shown = (await toys.client.get("/v1/jobs/lost")).json()
@@ -642,8 +643,9 @@ async def test_a_job_whose_replica_is_gone_has_failed(toys: Running) -> None:
 
 
 async def test_a_job_that_holds_its_lease_is_not_gone_though_redis_is_too_full_to_take_its_record(
-    toys: Running,
+    toys: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(promote, "PAUSE_SECONDS", 0.01)
     job = Job("full", "toys", 2, "request", started=1.0, heard=1.0)
     await toys.store.leases.save_job("full", orjson.dumps(asdict(job)), 60.0)
     await eventually(lambda: _claimed(toys, "full"))
@@ -660,6 +662,21 @@ async def _idle(service: Running) -> None:
 
 async def _claimed(service: Running, holder: str) -> bool:
     return await service.store.leases.claim("toys", holder, 60.0) == holder
+
+
+async def test_a_job_whose_end_is_told_only_now_is_not_gone(toys: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    leases, job = toys.store.leases, Job("late", "toys", 2, "request", started=1.0, heard=1.0)
+    holder = leases.holder
+    await leases.save_job("late", orjson.dumps(asdict(job)), 60.0)
+
+    async def told_then(name: str) -> str | None:
+        now = await holder(name)
+        await leases.save_job("late", orjson.dumps(asdict(job) | {"state": "succeeded"}), 60.0)
+        return now
+
+    monkeypatch.setattr(promote, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "holder", told_then)
+    assert (await toys.client.get("/v1/jobs/late")).json()["state"] == "succeeded"
 
 
 async def test_who_reads_that_a_job_has_ended_may_start_the_next_one(toys: Running) -> None:
