@@ -149,8 +149,9 @@ async def running(registry: Path, redis_url: str, searchable: bool = True, **set
             if searchable:
                 name = config.model or "toys"
 
-                async def ready() -> bool:
-                    return models.champion(name).fingerprint in await store.ready(name)
+                async def ready() -> bool:  # and the job over that made it so: a test may start its own
+                    made = models.champion(name).fingerprint in await store.ready(name)
+                    return made and await store.leases.holder(name) is None
 
                 await eventually(ready)
             yield Running(client, app, models, store, known, metrics)
