@@ -35,9 +35,9 @@ from service.problems import (
     MalformedRequest,
     MethodNotAllowed,
     PathNotFound,
-    RequestError,
     TooManyRequests,
     Unauthorized,
+    UnsupportedCoding,
     UnsupportedMediaType,
     escaped,
     problem,
@@ -75,11 +75,6 @@ class Answer:
     def json(cls, value: object, status: int = 200) -> "Answer":
         """numpy rows are written as lists of numbers, the shortest that give the same float32 again."""
         return cls(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status)
-
-
-class UnsupportedCoding(UnsupportedMediaType):
-    def __init__(self, got: str) -> None:
-        RequestError.__init__(self, f"the header Content-Encoding was {got!r}; send the body as it is, and without it")
 
 
 class ClientGone(Exception):

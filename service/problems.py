@@ -64,6 +64,11 @@ class UnsupportedMediaType(RequestError):
         super().__init__(f"the header Content-Type {sent}; send {' or '.join(possible)} (with curl: --json)")
 
 
+class UnsupportedCoding(RequestError):
+    def __init__(self, got: str) -> None:
+        super().__init__(f"the header Content-Encoding was {got!r}; send the body as it is, and without it")
+
+
 class Unauthorized(RequestError):
     def __init__(self) -> None:
         super().__init__("send a key that this service knows: Authorization: Bearer KEY")
@@ -138,6 +143,7 @@ STATUS: Final[dict[type[ItemvecError], HTTPStatus]] = {
     NotSearchable: HTTPStatus.CONFLICT,
     BodyTooLarge: HTTPStatus(413),  # its name differs between Python 3.12 and 3.13
     UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    UnsupportedCoding: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     InvalidRequest: HTTPStatus(422),  # so does this one's
     InvalidItem: HTTPStatus(422),
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,

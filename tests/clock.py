@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-TICK = 0.002
+TICK = 0.005
 """Seconds."""
 
 
 class Watch:
     """Seconds in which the event loop could turn. They stand still while this thread waits for a core that something
-    else has (on Linux), and a loop that stands still, since this process or the whole machine does, counts as five
+    else has (on Linux), and a loop that stands still, since this process or the whole machine does, counts as two
     ticks, or as the processor time that it took in them."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Watch:
     def tick(self) -> None:
         began, busy = self._last
         now = self._last = _unhindered(), time.thread_time()
-        self.seconds += max(min(now[0] - began, 5 * TICK), now[1] - busy)
+        self.seconds += max(min(now[0] - began, 2 * TICK), now[1] - busy)
 
 
 def _unhindered() -> float:

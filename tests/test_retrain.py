@@ -257,6 +257,8 @@ def test_what_is_too_old_is_neither_new_nor_named_nor_a_parent_nor_pinned(tmp_pa
     assert too_old(registry, "toys", keep=2) == [1, 2, 4, 6]
     assert too_old(registry, "toys", keep=2, pinned=(4,)) == [1, 2, 6]
     assert too_old(registry, "toys", keep=9) == []
+    shutil.rmtree(registry.path("toys", 3))  # by hand, while it is the previous one
+    assert too_old(registry, "toys", keep=2) == [1, 2, 4, 6]
 
 
 def test_the_command_line_goes_over_the_file_of_a_retraining(tmp_path):

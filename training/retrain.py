@@ -324,7 +324,8 @@ class _Retraining:
 
 def too_old(registry: Registry, name: str, keep: int, pinned: tuple[int, ...] = ()) -> list[int]:
     """Versions beyond the `keep` newest, but for those that an alias names, their parents and what is pinned."""
-    versions, named = registry.versions(name), set(registry.aliases(name).values())
+    versions = registry.versions(name)
+    named = set(registry.aliases(name).values()).intersection(versions)  # one may name what was removed by hand
     parents = {registry.manifest(name, version).lineage.parent for version in named}
     stay = {*versions[-keep:], *named, *parents, *pinned}
     return [version for version in versions if version not in stay]
