@@ -173,10 +173,10 @@ class Indexes:
         """Of all versions that have an index, live or not."""
         return {fp.decode() for fp in await self._bulk.command("HKEYS", Space(name).indexes)}
 
-    async def covers(self, name: str, fp: str, fields: Collection[str]) -> bool:
+    async def covers(self, name: str, fp: str, fields: Mapping[str, Kind]) -> bool:
         """Can queries filter by all of the fields?"""
         try:
-            return set(fields) <= (await self._read(self._hot, name, fp)).fields.keys()
+            return fields.items() <= (await self._read(self._hot, name, fp)).fields.items()
         except NoIndex:
             return False
 

@@ -326,18 +326,15 @@ class Promotions:
         version = await self._models.get(f"{name}@{number}")
         job.fingerprint = version.fingerprint
         ready = await self._store.ready(name)
-        if version.fingerprint not in ready or not await self._has_columns(version):
+        # A version may differ from the one before in what is filterable alone, and then they share a fingerprint.
+        fields = attributes.index_fields(version.schema)
+        if version.fingerprint not in ready or not await self._store.indexes.covers(name, version.fingerprint, fields):
             try:
                 await self._backfill(job, version)
             except BaseException:
                 if version.fingerprint not in ready | self._served(name):
                     await asyncio.shield(self._spawn(self._withdraw(job, version), self._taking_back))
                 raise
-
-    async def _has_columns(self, version: ModelVersion) -> bool:
-        """A version may differ from the one before in what is filterable alone, and then they share a fingerprint."""
-        status = await self._store.indexes.status(version.name, version.fingerprint)
-        return attributes.index_fields(version.schema).items() <= status.fields.items()
 
     async def _reindex(self, job: Job) -> None:
         job.stage, job.fingerprint = "indexing again", (await self._models.get(f"{job.name}@{job.version}")).fingerprint
